@@ -1,0 +1,1 @@
+"""Reading checkpoint folders, official or converted, as untrusted input, and writing converted ones."""

@@ -1,0 +1,1 @@
+"""Where blocks live: planned from a budget, then loaded, released or streamed behind one iterator."""

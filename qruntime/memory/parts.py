@@ -1,0 +1,103 @@
+"""Every part of the model on one device, as blocks that a plan keeps, swaps or streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import device as devices
+from ..checkpoint.reader import Checkpoint
+from ..models import ar, dit, glyph, vae, vision
+from ..models.weights import Weights
+from .blocks import Blocks, Loader
+from .planner import Plan
+
+
+class Parts:
+    """The model's parts by what they do. Nothing is loaded until a part is iterated."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        loaders = {name: Loader(part, device, dtype) for name, part in checkpoint.components.items()}
+
+        def blocks(component: str, kind: str, make: Callable[[Weights], object], *, streamed: bool = False) -> Blocks:
+            specs = [s for s in checkpoint.components[component].specs.values() if s.kind == kind]
+            return Blocks(loaders[component], specs, make, streamed=streamed)
+
+        ar_name = "vision_language_encoder"
+        self.glyph_encoder: Blocks[glyph.GlyphEncoder] = blocks(
+            "text_encoder", "encoder", lambda w: glyph.GlyphEncoder(checkpoint.glyph, w)
+        )
+        self.vision_stem: Blocks[Weights] = blocks(ar_name, "vision.stem", lambda w: w)
+        self.vision_blocks: Blocks[vision.VisionBlock] = blocks(
+            ar_name, "vision.block", lambda w: vision.VisionBlock(checkpoint.ar.vision, w)
+        )
+        self.codebook: Blocks[Weights] = blocks(ar_name, "vq", lambda w: w)
+        self.ar_layers: Blocks[ar.ArLayer] = blocks(ar_name, "layer", lambda w: ar.ArLayer(checkpoint.ar.text, w))
+        self.ar_head: Blocks[Weights] = blocks(ar_name, "head", lambda w: w)
+        self.vae_encoder: Blocks[vae.Encoder] = blocks("vae", "encoder", lambda w: vae.Encoder(checkpoint.vae, w))
+        self.vae_decoder: Blocks[vae.Decoder] = blocks("vae", "decoder", lambda w: vae.Decoder(checkpoint.vae, w))
+        self.dit_stem: Blocks[dit.Stem] = blocks("transformer", "stem", lambda w: dit.Stem(checkpoint.dit, w))
+        self.dit_adaln: Blocks[Weights] = blocks("transformer", "adaln", lambda w: w, streamed=True)
+        self.dit_blocks: Blocks[dit.DitBlock] = blocks("transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w))
+        self._code_table: Tensor | None = None
+        self._keep = False
+
+    @property
+    def _all(self) -> list[Blocks]:
+        return [value for value in vars(self).values() if isinstance(value, Blocks)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of device memory that weights hold now."""
+        return sum(blocks.held_bytes for blocks in self._all)
+
+    def follow(self, plan: Plan, before_block: Callable[[], None]) -> None:
+        """Arrange the parts as `plan` says; `before_block` is called before every block that runs."""
+        self.dit_blocks.stream(plan.streams_dit)
+        self._keep = plan.keeps_weights
+        if not self._keep:
+            self.release()
+        for blocks in self._all:
+            blocks.watch(before_block)
+
+    @contextmanager
+    def phase(self, *used: Blocks) -> Iterator[None]:
+        """A phase that uses some parts: unless the plan keeps weights, they are given back when it ends."""
+        try:
+            yield
+        finally:
+            if not self._keep:
+                for blocks in used:
+                    blocks.release()
+                if self.ar_layers in used:
+                    self._code_table = None
+                devices.release_cached(self.device)
+
+    def release(self) -> None:
+        """Give all weights back."""
+        for blocks in self._all:
+            blocks.release()
+        self._code_table = None
+        devices.release_cached(self.device)
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays in its file."""
+        table = self.checkpoint.components["vision_language_encoder"].tensor("model.language_model.embed_tokens.weight")
+        return table[ids].to(device=self.device, dtype=self.dtype)
+
+    def code_table(self) -> Tensor:
+        """The embedding rows of the image codes, [codebook, hidden], on the device."""
+        if self._code_table is None:
+            self._code_table = self.embed_text(torch.arange(self.checkpoint.ar.vq.codebook_size))
+        return self._code_table
+
+    def embed_prior(self, ids: Tensor) -> Tensor:
+        """Rows of the diffusion transformer's prior table for ids [N] on the host: [N, width] on the device."""
+        table = self.checkpoint.components["transformer"].tensor("prior_token_embedding.weight")
+        return table[ids].to(device=self.device, dtype=self.dtype)

@@ -1,0 +1,316 @@
+"""The diffusion transformer: latents, glyph states and prior codes in, the velocity of the latents out.
+
+Text and image tokens form one sequence through every block; AdaLN modulates them apart. Everything that does not depend on the
+latents is computed once a picture (`Conditioning`): projected glyphs and priors, rotary tables, and the AdaLN output of every
+block and step, for which the AdaLN weights (a tenth of the model) are streamed through once and never stay.
+
+With guidance, the conditional and the unconditional pass are packed along the sequence,
+
+    [text (cond) | image (cond) | image (uncond) | text (uncond)]
+
+so that each is one contiguous run for attention, all image tokens are one run for modulation, and each weight is read once a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from .config import DitConfig
+from .spec import BlockSpec, LinearSpec, TensorSpec
+from .weights import Weights
+
+EPS = 1e-5
+ROPE_THETA = 10000.0
+_EMBEDDING_PERIOD = 10000  # of the sinusoidal embeddings of timestep and size
+CHUNKS = 12  # AdaLN outputs a block, six for image tokens and six for text tokens, interleaved
+
+# Order of the AdaLN output: (image, text) pairs of shift, scale and gate, first for attention and then for the MLP.
+_ATTENTION_SHIFT, _ATTENTION_SCALE, _ATTENTION_GATE, _MLP_SHIFT, _MLP_SCALE, _MLP_GATE = range(6)
+
+
+def block_specs(config: DitConfig) -> list[BlockSpec]:
+    """`stem`, `prior_embedding`, `adaln.i` and `blocks.i`."""
+    width, embed = config.width, config.time_embed_dim
+    patch = config.patch_size**2
+
+    def one(key: str, name: str, n: int, k: int) -> LinearSpec:
+        return LinearSpec(key, (name,), (n,), k)
+
+    stem = (
+        one("image_projector", "image_projector.proj", width, config.in_channels * patch),
+        one("glyph_in", "glyph_projector.net.0.proj", width, config.text_embed_dim),
+        one("glyph_out", "glyph_projector.net.2", width, width),
+        one("prior_in", "prior_projector.net.0.proj", width, width),
+        one("prior_out", "prior_projector.net.2", width, width),
+        one("time_in", "time_condition_embed.timestep_embedder.linear_1", embed, embed),
+        one("time_out", "time_condition_embed.timestep_embedder.linear_2", embed, embed),
+        one("size_in", "time_condition_embed.condition_embedder.linear_1", embed, 4 * config.condition_dim),
+        one("size_out", "time_condition_embed.condition_embedder.linear_2", embed, embed),
+        one("norm_out", "norm_out.linear", 2 * width, embed),
+        one("proj_out", "proj_out", patch * config.out_channels, width),
+    )
+    block = (
+        LinearSpec("qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), (width,) * 3, width),
+        one("out", "attn1.to_out.0", width, width),
+        one("mlp_in", "ff.net.0.proj", 4 * width, width),
+        one("mlp_out", "ff.net.2", width, 4 * width),
+    )
+    adaln = (one("linear", "norm1.linear", CHUNKS * width, embed),)
+    layers = range(config.num_layers)
+    table = TensorSpec("prior_token_embedding.weight", (config.codebook_size, width))
+    return [
+        BlockSpec("stem", "stem", "", stem),
+        BlockSpec("prior_embedding", "prior_embedding", "", (table,)),
+        *(BlockSpec(f"adaln.{i}", "adaln", f"transformer_blocks.{i}.", adaln) for i in layers),
+        *(BlockSpec(f"blocks.{i}", "block", f"transformer_blocks.{i}.", block) for i in layers),
+    ]
+
+
+def rope_tables(config: DitConfig, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [rows * columns, head_dim]; a quarter of the features turns with rows, the next with columns, twice."""
+    half = config.head_dim // 2
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
+    by_row = torch.outer(torch.arange(rows), frequencies)[:, None].expand(rows, columns, -1)
+    by_column = torch.outer(torch.arange(columns), frequencies)[None].expand(rows, columns, -1)
+    angles = torch.cat((by_row, by_column, by_row, by_column), dim=-1).reshape(rows * columns, -1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def sinusoidal_embedding(values: Tensor, size: int) -> Tensor:
+    """[B] float32 -> [B, size]: cosines, then sines, of falling frequencies (the DDPM embedding, cosine first)."""
+    half = size // 2
+    exponents = -math.log(_EMBEDDING_PERIOD) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values[:, None].float() * exponents.exp()
+    embedding = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return F.pad(embedding, (0, size % 2))
+
+
+def patchify(config: DitConfig, latents: Tensor) -> Tensor:
+    """[C, H, W] -> [H/p * W/p, C * p * p]."""
+    channels, height, width = latents.shape
+    p = config.patch_size
+    patches = latents.reshape(channels, height // p, p, width // p, p).permute(1, 3, 0, 2, 4)
+    return patches.reshape(-1, channels * p * p)
+
+
+def unpatchify(config: DitConfig, tokens: Tensor, height: int, width: int) -> Tensor:
+    """[H/p * W/p, C * p * p] -> [C, H, W]."""
+    p = config.patch_size
+    patches = tokens.reshape(height // p, width // p, config.out_channels, p, p)
+    return patches.permute(2, 0, 3, 1, 4).reshape(config.out_channels, height, width)
+
+
+class Stem:
+    """Everything of the model but its blocks."""
+
+    def __init__(self, config: DitConfig, weights: Weights) -> None:
+        self._config = config
+        self._linear = weights.linear
+
+    def glyphs(self, states: Tensor) -> Tensor:
+        """Glyph states [T, text_embed_dim] -> text tokens [T, width]."""
+        return self._linear("glyph_out")(F.gelu(self._linear("glyph_in")(states)))
+
+    def prior(self, embeddings: Tensor) -> Tensor:
+        """Prior code embeddings [N, width] -> what they add to the image tokens, [N, width]."""
+        return self._linear("prior_out")(F.silu(self._linear("prior_in")(embeddings)))
+
+    def image(self, latents: Tensor) -> Tensor:
+        """[C, H, W] -> image tokens [N, width]."""
+        return self._linear("image_projector")(patchify(self._config, latents))
+
+    def time_embedding(self, timesteps: Tensor, height: int, width: int) -> Tensor:
+        """Timesteps [B] and a picture's size in pixels -> [B, time_embed_dim], behind the SiLU that all AdaLN share."""
+        config, dtype = self._config, self._linear("time_in").dtype
+        time = sinusoidal_embedding(timesteps, config.time_embed_dim).to(dtype)
+        time = self._linear("time_out")(F.silu(self._linear("time_in")(time)))
+        crop_and_size = torch.tensor([0.0, 0.0, height, width], device=timesteps.device)
+        size = sinusoidal_embedding(crop_and_size, config.condition_dim).reshape(1, -1).to(dtype)
+        size = self._linear("size_out")(F.silu(self._linear("size_in")(size)))
+        return F.silu(time + size)
+
+    def final_modulation(self, time_embedding: Tensor) -> Tensor:
+        """[B, time_embed_dim] -> scale and shift of the last norm, [B, 2, width]."""
+        return self._linear("norm_out")(time_embedding).unflatten(-1, (2, -1))
+
+    def velocity(self, tokens: Tensor, modulation: Tensor, height: int, width: int) -> Tensor:
+        """Image tokens [N, width] under scale and shift [2, width] -> [C, H, W] of latents."""
+        scale, shift = modulation
+        tokens = _norm(tokens) * (1 + scale) + shift
+        return unpatchify(self._config, self._linear("proj_out")(tokens), height, width)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the parts of the packed sequence lie: text (cond), images (cond, uncond), text (uncond)."""
+
+    cond_text: int
+    image: int
+    uncond_text: int | None  # None: no unconditional pass
+
+    @property
+    def image_rows(self) -> slice:
+        passes = 1 if self.uncond_text is None else 2
+        return slice(self.cond_text, self.cond_text + passes * self.image)
+
+    @property
+    def text_rows(self) -> tuple[slice, ...]:
+        return slice(0, self.cond_text), slice(self.image_rows.stop, None)
+
+    @property
+    def passes(self) -> tuple[slice, ...]:
+        """The rows of each pass: cond, then uncond."""
+        cond = slice(0, self.cond_text + self.image)
+        return (cond,) if self.uncond_text is None else (cond, slice(cond.stop, None))
+
+
+class DitBlock:
+    """One transformer block over the views of a slot."""
+
+    def __init__(self, config: DitConfig, weights: Weights) -> None:
+        self._config = config
+        self._linear = weights.linear
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        condition: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One step of the packed sequence [S, width].
+
+        `modulation` [6, 2, width] holds (image, text) rows; `rope` tables cover all image rows; `condition` is a pair of keys
+        and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns the tokens and this
+        block's own keys and values [heads, S, head_dim].
+        """
+        states = _modulated(_norm(tokens), packing, modulation[_ATTENTION_SHIFT], modulation[_ATTENTION_SCALE])
+        states, keys_values = self._attend(states, packing, rope, condition)
+        tokens = _gated(tokens, states, packing, modulation[_ATTENTION_GATE])
+
+        states = _modulated(_norm(tokens), packing, modulation[_MLP_SHIFT], modulation[_MLP_SCALE])
+        states = self._linear("mlp_out")(F.gelu(self._linear("mlp_in")(states), approximate="tanh"))
+        return _gated(tokens, states, packing, modulation[_MLP_GATE]), keys_values
+
+    def _attend(
+        self,
+        states: Tensor,
+        packing: Packing,
+        rope: tuple[Tensor, Tensor],
+        condition: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        heads, head_dim = self._config.num_heads, self._config.head_dim
+        qkv = self._linear("qkv")(states).view(-1, 3, heads, head_dim).permute(1, 2, 0, 3)  # [3, heads, S, head_dim]
+        query, key, value = qkv[0], qkv[1], qkv[2]
+        query, key = _norm(query), _norm(key)
+        rows = packing.image_rows
+        query[:, rows] = ops.apply_rope(query[:, rows], *rope)
+        key[:, rows] = ops.apply_rope(key[:, rows], *rope)
+        attended = []
+        for index, part in enumerate(packing.passes):
+            keys, values = key[:, part], value[:, part]
+            if condition is not None and index == 0:
+                keys = torch.cat((condition[0], keys), dim=1)
+                values = torch.cat((condition[1], values), dim=1)
+            attended.append(ops.attention(query[:, part], keys, values))
+        states = torch.cat(attended, dim=1).transpose(0, 1).reshape(-1, heads * head_dim)
+        return self._linear("out")(states), (key, value)
+
+
+def _modulated(states: Tensor, packing: Packing, shift: Tensor, scale: Tensor) -> Tensor:
+    """states * (1 + scale) + shift, row 0 of shift and scale for image tokens and row 1 for text tokens. In place."""
+    for rows, kind in ((packing.image_rows, 0), *((rows, 1) for rows in packing.text_rows)):
+        states[rows] = states[rows] * (1 + scale[kind]) + shift[kind]
+    return states
+
+
+def _gated(tokens: Tensor, states: Tensor, packing: Packing, gate: Tensor) -> Tensor:
+    """tokens + states * gate, row 0 of gate for image tokens and row 1 for text tokens."""
+    updated = torch.empty_like(tokens)
+    for rows, kind in ((packing.image_rows, 0), *((rows, 1) for rows in packing.text_rows)):
+        updated[rows] = tokens[rows] + states[rows] * gate[kind]
+    return updated
+
+
+def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> list[Tensor]:
+    """For each block, its modulation at each of B time embeddings [B, time_embed_dim]: [B, 6, 2, width]."""
+    return [weights.linear("linear")(time_embedding).unflatten(-1, (CHUNKS // 2, 2, -1)) for weights in adaln]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What stays the same over the steps of one picture.
+
+    `cond_text` [T, width]; `cond_prior` [N, width]; `uncond_text` and `uncond_prior` likewise ([1, width] for the prior, which
+    is the same at every position), or None without guidance; `modulation` a table a block, `final_modulation` [steps, 2, width];
+    `rope` of one image; `condition` a pair of keys and values a block, or None.
+    """
+
+    cond_text: Tensor
+    cond_prior: Tensor
+    uncond_text: Tensor | None
+    uncond_prior: Tensor | None
+    modulation: Sequence[Tensor]
+    final_modulation: Tensor
+    rope: tuple[Tensor, Tensor]
+    condition: Sequence[tuple[Tensor, Tensor]] | None = None
+
+
+def predict(
+    stem: Stem,
+    blocks: Iterable[DitBlock],
+    latents: Tensor,
+    step: int,
+    given: Conditioning,
+) -> tuple[Tensor, Tensor | None]:
+    """The velocity of latents [C, H, W] at `step`: conditional and, with guidance, unconditional, both [C, H, W]."""
+    _, height, width = latents.shape
+    image = stem.image(latents)
+    parts = [given.cond_text, image + given.cond_prior]
+    rope = given.rope
+    uncond_text = None
+    if given.uncond_text is not None and given.uncond_prior is not None:
+        parts += [image + given.uncond_prior, given.uncond_text]
+        rope = (rope[0].repeat(2, 1), rope[1].repeat(2, 1))
+        uncond_text = given.uncond_text.shape[0]
+    packing = Packing(given.cond_text.shape[0], image.shape[0], uncond_text)
+    tokens = torch.cat(parts)
+    for index, block in enumerate(blocks):
+        condition = given.condition[index] if given.condition is not None else None
+        tokens, _ = block(tokens, packing, given.modulation[index][step], rope, condition)
+    images = tokens[packing.image_rows].split(image.shape[0])
+    velocities = [stem.velocity(image, given.final_modulation[step], height, width) for image in images]
+    return velocities[0], velocities[1] if len(velocities) == 2 else None
+
+
+def condition_keys_values(
+    stem: Stem,
+    blocks: Iterable[DitBlock],
+    latents: Tensor,
+    prior: Tensor,
+    modulation: Sequence[Tensor],
+    rope: tuple[Tensor, Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """A source picture, latents [C, H, W], once through the model without text: its keys and values a block.
+
+    `prior` [N, width] are its projected codes and `modulation` the tables at timestep 0 and its own size (row 0 is used).
+    """
+    tokens = stem.image(latents) + prior
+    packing = Packing(0, tokens.shape[0], None)
+    found = []
+    for index, block in enumerate(blocks):
+        tokens, (keys, values) = block(tokens, packing, modulation[index][0], rope, None)
+        found.append((keys, values.contiguous()))
+    return found

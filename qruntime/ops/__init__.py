@@ -1,0 +1,39 @@
+"""The operations that the models are made of, dispatched by device.
+
+`reference.py` defines each in plain torch; that is the oracle of every kernel and what runs where there is none. `torch_int4.py`
+holds torch's own int4 products. Callers import from here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import device as devices
+from . import torch_int4
+from .reference import apply_rope, dequantize_int4, dequantize_int8, linear_int4, linear_int8, rms_norm, rotate
+from .reference import attention as _attention
+
+__all__ = [
+    "apply_rope",
+    "attention",
+    "dequantize_int4",
+    "dequantize_int8",
+    "linear_int4",
+    "linear_int8",
+    "rms_norm",
+    "rotate",
+    "torch_int4",
+]
+
+MPS_QUERY_CHUNK = 1024  # MPS writes out the score matrix; this bounds it at 1024 rows
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """As `reference.attention`; on MPS a chunk of queries at a time, since scores are materialised there."""
+    if devices.kind(query.device) != "mps" or query.shape[1] <= MPS_QUERY_CHUNK:
+        return _attention(query, key, value, mask)
+    output = query.new_empty(query.shape)
+    for start in range(0, query.shape[1], MPS_QUERY_CHUNK):
+        rows = slice(start, start + MPS_QUERY_CHUNK)
+        output[:, rows] = _attention(query[:, rows], key, value, None if mask is None else mask[rows])
+    return output

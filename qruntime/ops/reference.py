@@ -1,0 +1,96 @@
+"""Every op in plain torch: the oracle of the kernels, and what runs where there is none.
+
+Weights are dequantised in row chunks, so that the float32 intermediate never exceeds `CHUNK_BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, CHUNK_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] weights in `dtype` from packed q uint8 [N, K/2], scale and zero [N, K/group_size].
+
+    w = (q - 8) * scale + zero, computed in float32 (at least) and rounded once.
+    """
+    n, half_k = q.shape
+    k, groups = 2 * half_k, scale.shape[1]
+    work = torch.promote_types(torch.float32, dtype)
+    weight = torch.empty(n, k, dtype=dtype, device=q.device)
+    for rows in _row_chunks(n, k):
+        packed = q[rows]
+        levels = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(-1, groups, k // groups).to(work) - 8
+        weight[rows] = (levels * scale[rows, :, None].to(work) + zero[rows, :, None].to(work)).reshape(-1, k).to(dtype)
+    return weight
+
+
+def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] weights in `dtype` from q int8 [N, K] and scale float32 [N]: w = q * scale."""
+    weight = torch.empty(q.shape, dtype=dtype, device=q.device)
+    work = torch.promote_types(torch.float32, dtype)
+    for rows in _row_chunks(*q.shape):
+        weight[rows] = (q[rows].to(work) * scale[rows, None].to(work)).to(dtype)
+    return weight
+
+
+def linear_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times the transposed int4 matrix, plus bias: [..., N] in x's dtype."""
+    return F.linear(x, dequantize_int4(q, scale, zero, x.dtype), bias)
+
+
+def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times the transposed int8 matrix, plus bias: [..., N] in x's dtype. Activations are not quantised."""
+    return F.linear(x, dequantize_int8(q, scale, x.dtype), bias)
+
+
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The orthonormal Hadamard matrix of Sylvester's construction, [size, size], symmetric; size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return (matrix / size**0.5).to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """x [..., K] times the block-diagonal Hadamard matrix of `size` x `size` blocks."""
+    matrix = hadamard(size, x.dtype, x.device)
+    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax(q k^T / sqrt(d) + mask) v for q [H, S, d], k and v [H_kv, T, d] with H a multiple of H_kv: [H, S, d].
+
+    `mask` is boolean [S, T], True where a query may look.
+    """
+    heads, kv_heads = query.shape[0], key.shape[0]
+    if heads != kv_heads:
+        key = key.repeat_interleave(heads // kv_heads, dim=0)
+        value = value.repeat_interleave(heads // kv_heads, dim=0)
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, the statistics in float32, the product in x's dtype (as LLaMA and T5 define it)."""
+    work = x.float()
+    return weight * (work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first cos.shape[-1] features of x [..., d], pairing feature i with i + half ("rotate half")."""
+    turned_size = cos.shape[-1]
+    turned, rest = x[..., :turned_size], x[..., turned_size:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), rest), dim=-1) if rest.shape[-1] else turned.to(x.dtype)

@@ -1,0 +1,590 @@
+"""From a request to pictures: encode, draft, denoise, decode, on one page.
+
+    encode   tokens and glyph states; for edits the codes and latents of each source picture
+    draft    the AR model writes one code for every 32 x 32 pixels, after a small preview when there is only text
+    denoise  the diffusion transformer turns noise into latents under glyphs, codes and sources
+    decode   the VAE turns latents into pixels
+
+Stages follow each other over all pictures of a request, so that each part's weights are needed once. Pictures are computed one at
+a time: picture i is the one that seed + i draws alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import device as devices
+from . import sampling, schedule
+from .checkpoint.hub import locate
+from .checkpoint.reader import Checkpoint
+from .errors import InputError, QruntimeError
+from .events import Events, Progress
+from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_patches
+from .memory.parts import Parts
+from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, plan
+from .models import ar, dit, glyph, vision
+from .models.weights import DTYPE_NAMES
+from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
+from .request import MAX_SEED, SIZE_MULTIPLE, GenerateRequest
+
+T = TypeVar("T")
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+AUTO_MARGIN_BYTES = GB // 2  # left to other programs when the budget is what is free
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call returns.
+
+    `images`: Pillow pictures, or a float tensor [B, 3, H, W] in 0..1 ("pt"), or latents [B, C, H/8, W/8] ("latent");
+    `prior_token_ids` [B, (H/16) * (W/16)]: the drafted codes at the transformer's resolution, on the CPU;
+    `seed`: of the first picture; `stats`: seconds, units and peak bytes a stage, the plan and what it predicted.
+    """
+
+    images: Any
+    prior_token_ids: Tensor
+    seed: int
+    stats: dict[str, Any]
+
+
+@dataclass
+class _Source:
+    """A source picture: fitted pixels, then its codes [N] at the transformer's resolution and its latents [C, h, w]."""
+
+    picture: Image.Image
+    codes: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+    latents: Tensor | None = None
+
+
+@dataclass
+class _Job:
+    """A request on its way through the stages."""
+
+    request: GenerateRequest
+    sources: list[_Source] = field(default_factory=list)
+    prompt: ArPrompt | None = None
+    cond_glyphs: Tensor | None = None
+    uncond_glyphs: Tensor | None = None
+    prior_token_ids: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class GlmImagePipeline:
+    """Draws and edits pictures with GLM-Image. Names and meanings follow diffusers' pipeline of the same name."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vram_bytes: int | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.vram_bytes = vram_bytes
+        self._tokenizer = PromptTokenizer.from_folder(
+            checkpoint.path / "processor",
+            image_start_id=checkpoint.ar.image_start_token_id,
+            image_end_id=checkpoint.ar.image_end_token_id,
+            image_id=checkpoint.ar.image_token_id,
+            vocab_size=checkpoint.ar.text.vocab_size,
+        )
+        self._parts = Parts(checkpoint, device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        vram: str | float = "auto",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        announce: Callable[[str], None] = lambda message: None,
+    ) -> GlmImagePipeline:
+        """Open a converted or an official folder, or a hub id (downloaded once, its size announced first).
+
+        `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16, float32 on
+        CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`. Weights are loaded when
+        first used. Raises `InputError` or `CheckpointError`.
+        """
+        found = devices.resolve_device(_one_of("device", device, "device_map", _device_of(device_map)) or "auto")
+        precision = devices.resolve_dtype(_one_of("dtype", dtype, "torch_dtype", torch_dtype), found)
+        folder = locate(model, announce=announce, revision=revision)
+        return cls(Checkpoint.open(folder), found, precision, vram_bytes(vram))
+
+    def to(self, device: str | torch.device) -> GlmImagePipeline:
+        """Draw on another device from now on."""
+        found = devices.resolve_device(device)
+        if found != self.device:
+            self._parts.release()
+            self.device = found
+            self.dtype = devices.resolve_dtype(self.dtype, found)
+            self._parts = Parts(self.checkpoint, found, self.dtype)
+        return self
+
+    def plan(self, request: GenerateRequest, source_sides: Sequence[tuple[int, int]] = ()) -> Plan:
+        """Where weights will live for a request. Raises `MemoryBudgetError` when it does not fit."""
+        on_cuda = self.device.type == "cuda"
+        budget, overhead = self.vram_bytes, CUDA_CONTEXT_BYTES if on_cuda else 0
+        if budget is None and self.device.type != "cpu":
+            budget, overhead = devices.available_bytes(self.device, self._parts.held_bytes) - AUTO_MARGIN_BYTES, 0
+        name = DTYPE_NAMES[self.dtype]
+        return plan(self.checkpoint, name, request, budget, overhead_bytes=overhead, source_sides=source_sides)
+
+    def release(self) -> None:
+        """Give all weights back to the device."""
+        self._parts.release()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.5,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        prior_token_ids: Tensor | None = None,
+        temperature: float = 0.9,
+        top_p: float = 0.75,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., Any] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        cancel: Any = None,
+    ) -> PipelineOutput:
+        """Draw pictures of `prompt`, or edit the source pictures in `image` as it says.
+
+        Args:
+            prompt: text; words in quotes are written in the picture. Several prompts are drawn one after the other.
+            image: a source picture or a list of them (paths or Pillow pictures), of any size.
+            height, width: pixels, multiples of 32.
+            num_inference_steps, guidance_scale: denoising steps, and weight of the prompt (1 turns guidance off).
+            num_images_per_prompt: picture i uses seed + i.
+            seed: drawn when None; `generator` gives its initial seed instead.
+            latents: starting noise [B, C, H/8, W/8] (default: from the seed).
+            prior_token_ids: codes [B, (H/16) * (W/16)] or [1, ...]; the draft is skipped.
+            temperature, top_p: of the draft; temperature 0 is greedy.
+            output_type: "pil", "pt" or "latent".
+            callback_on_step_end: called as f(pipe, step, sigma, {"latents": [B, C, H/8, W/8]}); may return new latents.
+            progress: called with `Progress`. cancel: a function or event; when it says so, `Cancelled` is raised.
+
+        Returns:
+            `PipelineOutput`.
+
+        Raises:
+            InputError: wrong input; MemoryBudgetError: it does not fit; Cancelled; QruntimeError: the model gave NaN.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r} is not known", f"use one of {', '.join(OUTPUT_TYPES)}")
+        if generator is not None:
+            seed = _one_of("seed", seed, "generator", _generator_seed(generator))
+        jobs: list[_Job] = []
+        for text, images in _prompts_with_images(prompt, image):
+            request = GenerateRequest(
+                prompt=text,
+                images=images,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                seed=seed,
+                temperature=temperature,
+                top_p=top_p,
+            )
+            seed = request.seeds[-1] + 1
+            jobs.append(_Job(request))
+        _split_inputs(jobs, self.checkpoint, latents, prior_token_ids)
+        return self._run(jobs, output_type, callback_on_step_end, progress, cancel)
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        cancel: Any = None,
+    ) -> PipelineOutput:
+        """Draw the Pillow pictures of one request."""
+        with torch.inference_mode():
+            return self._run([_Job(request)], "pil", None, progress, cancel)
+
+    def _run(
+        self,
+        jobs: list[_Job],
+        output_type: str,
+        callback: Callable[..., Any] | None,
+        progress: Callable[[Progress], None] | None,
+        cancel: Any,
+    ) -> PipelineOutput:
+        for job in jobs:
+            self._open_sources(job)
+        plans = [self.plan(job.request, [source.picture.size[::-1] for source in job.sources]) for job in jobs]
+        chosen = max(plans, key=lambda each: (MODES.index(each.mode), each.peak_bytes))
+        pictures = sum(job.request.num_images_per_prompt for job in jobs)
+        drafted = sum(_draft_units(job) for job in jobs)
+        steps = sum(job.request.num_inference_steps * job.request.num_images_per_prompt for job in jobs)
+        totals = {"encode": len(jobs), "draft": drafted, "denoise": steps, "decode": pictures}
+        events = Events(
+            totals,
+            progress=progress,
+            cancel=cancel,
+            reset_peak=lambda: devices.reset_peak(self.device),
+            peak_bytes=lambda: devices.peak_bytes(self.device),
+        )
+        self._parts.follow(chosen, events.check)
+        with devices.exact_arithmetic(self.device):
+            with self._stage(events, "encode", len(jobs)):
+                self._encode(jobs, events)
+            if drafted:
+                with self._stage(events, "draft", drafted):
+                    self._draft(jobs, events)
+            with self._stage(events, "denoise", steps):
+                self._denoise(jobs, events, callback)
+            latents = torch.cat([_required(job.latents) for job in jobs])
+            if not torch.isfinite(latents).all():
+                raise QruntimeError(
+                    "the latents hold NaN or infinite values", "check the checkpoint with `qruntime info DIR`"
+                )
+            images: Any = latents
+            if output_type != "latent":
+                with self._stage(events, "decode", pictures):
+                    images = self._decode(latents, events)
+        stats: dict[str, Any] = {"stages": events.stats, "plan": chosen.mode, "predicted_bytes": chosen.peak_bytes}
+        return PipelineOutput(
+            images=to_pil(images) if output_type == "pil" else images,
+            prior_token_ids=torch.cat([_required(job.prior_token_ids) for job in jobs]),
+            seed=jobs[0].request.seeds[0],
+            stats=stats,
+        )
+
+    @contextmanager
+    def _stage(self, events: Events, name: str, total: int) -> Iterator[None]:
+        """A timed stage, which ends when the device has finished its work."""
+        with events.stage(name, total):
+            yield
+            devices.synchronize(self.device)
+
+    # Encode
+
+    def _open_sources(self, job: _Job) -> None:
+        """Read and fit the source pictures, before any weight is loaded."""
+        processor = self.checkpoint.processor
+        for image in job.request.images:
+            picture = fit_source(load_picture(image), processor.min_pixels, processor.max_pixels)
+            width, height = picture.size
+            job.sources.append(_Source(picture, grid=(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)))
+
+    def _encode(self, jobs: list[_Job], events: Events) -> None:
+        parts = self._parts
+        with parts.phase(parts.glyph_encoder):
+            encoder = parts.glyph_encoder.single()
+            for job in jobs:
+                job.cond_glyphs = self._glyph_states(encoder, job.request.prompt)
+                job.uncond_glyphs = self._glyph_states(encoder, "") if job.request.guided else None
+        sources = [source for job in jobs for source in job.sources]
+        if sources:
+            with parts.phase(parts.vision_stem, parts.vision_blocks, parts.codebook):
+                for source in sources:
+                    source.codes = self._codes(source)
+            with parts.phase(parts.vae_encoder):
+                for source in sources:
+                    pixels = to_vae_input(source.picture).to(device=self.device, dtype=self.dtype)
+                    source.latents = parts.vae_encoder.single()(pixels)[0]
+        for job in jobs:
+            request = job.request
+            grids = [source.grid for source in job.sources]
+            job.prompt = self._tokenizer.build(request.prompt, request.token_grid, request.preview_grid, grids)
+            events.advance()
+
+    def _glyph_states(self, encoder: glyph.GlyphEncoder, prompt: str) -> Tensor:
+        """States of all quoted texts, one after the other, [T, text_embed_dim]."""
+        ids = glyph_ids(glyph_texts(prompt))
+        return torch.cat([encoder(torch.tensor(text, device=self.device)) for text in ids])
+
+    def _codes(self, source: _Source) -> Tensor:
+        """The codebook's view of a source picture: ids [rows * columns] on the CPU."""
+        parts, processor = self._parts, self.checkpoint.processor
+        patches = to_vision_patches(
+            source.picture, patch=processor.patch_size, mean=processor.image_mean, std=processor.image_std
+        ).to(device=self.device, dtype=self.dtype)
+        stem = parts.vision_stem.single()
+        features = vision.encode(self.checkpoint.ar.vision, stem, parts.vision_blocks, patches, *source.grid)
+        return vision.quantize(parts.codebook.single(), features).cpu()
+
+    # Draft
+
+    def _draft(self, jobs: list[_Job], events: Events) -> None:
+        parts = self._parts
+        with parts.phase(parts.ar_layers, parts.ar_head):
+            for job in jobs:
+                if job.prior_token_ids is None:
+                    codes = self._draft_codes(job, events)
+                    job.prior_token_ids = _upsample(codes, *job.request.token_grid)
+
+    def _draft_codes(self, job: _Job, events: Events) -> Tensor:
+        """The target codes of each picture of a job, [pictures, rows * columns] on the CPU.
+
+        The prompt is run once; every picture continues from its keys and values.
+        """
+        text, prompt, request = self.checkpoint.ar.text, _required(job.prompt), job.request
+        ids = torch.tensor(prompt.ids)
+        for (start, stop), source in zip(prompt.image_slots, job.sources, strict=True):
+            ids[start:stop] = _required(source.codes)
+        count = prompt.preview_tokens + prompt.target_tokens
+        layers, head, table = self._parts.ar_layers, self._parts.ar_head.single(), self._parts.code_table()
+        cache = ar.KvCache.allocate(text, len(ids) + count, self.dtype, self.device)
+        positions = torch.tensor(prompt.positions, device=self.device)
+        decode_positions = torch.tensor(prompt.decode_positions, device=self.device)
+
+        states = ar.run_layers(layers, text, self._parts.embed_text(ids), positions, cache, 0)
+        first_logits = ar.logits(head, text, states[-1:])
+        drafts = []
+        for seed in request.seeds:
+            uniforms = sampling.uniforms(seed, count).to(self.device)
+            codes = torch.empty(count, dtype=torch.long, device=self.device)
+            logits = first_logits
+            for index in range(count):
+                code = self._sample(logits, uniforms[index : index + 1], request)
+                codes[index : index + 1] = code
+                if index + 1 < count:
+                    at = decode_positions[:, index : index + 1]
+                    states = ar.run_layers(layers, text, table[code], at, cache, len(ids) + index)
+                    logits = ar.logits(head, text, states)
+                events.advance()
+            drafts.append(codes[prompt.preview_tokens :].cpu())
+        return torch.stack(drafts)
+
+    def _sample(self, logits: Tensor, uniforms: Tensor, request: GenerateRequest) -> Tensor:
+        top_k = self.checkpoint.ar.top_k if request.top_k is None else request.top_k
+        codebook = self.checkpoint.ar.vq.codebook_size
+        return sampling.sample(logits, uniforms, request.temperature, top_k or None, request.top_p, codebook)
+
+    # Denoise
+
+    def _denoise(self, jobs: list[_Job], events: Events, callback: Callable[..., Any] | None) -> None:
+        parts = self._parts
+        with parts.phase(parts.dit_stem, parts.dit_adaln, parts.dit_blocks):
+            for job in jobs:
+                job.latents = self._denoise_job(job, events, callback)
+
+    def _denoise_job(self, job: _Job, events: Events, callback: Callable[..., Any] | None) -> Tensor:
+        """Latents [pictures, C, H/8, W/8], float32, of one job; all pictures take a step before the next one."""
+        request, scheduler = job.request, self.checkpoint.scheduler
+        train_steps = scheduler.num_train_timesteps
+        sigmas = schedule.shifted_sigmas(
+            schedule.raw_timesteps(request.num_inference_steps, train_steps),
+            4 * request.token_grid[0] * request.token_grid[1],
+            base_shift=scheduler.base_shift,
+            max_shift=scheduler.max_shift,
+            base_image_seq_len=scheduler.base_image_seq_len,
+            num_train_timesteps=train_steps,
+        ).tolist()
+        given = self._conditioning(job, schedule.dit_timesteps(request.num_inference_steps, train_steps))
+        stem = self._parts.dit_stem.single()
+        latents = self._starting_latents(job)
+        for step in range(request.num_inference_steps):
+            velocities = []
+            for picture, conditioning in zip(latents, given, strict=True):
+                cond, uncond = dit.predict(stem, self._parts.dit_blocks, picture.to(self.dtype), step, conditioning)
+                velocities.append(
+                    cond.float() if uncond is None else schedule.guide(cond, uncond, request.guidance_scale)
+                )
+                events.advance()
+            latents = schedule.euler_step(latents, torch.stack(velocities), sigmas[step], sigmas[step + 1])
+            if callback is not None:
+                changed = callback(self, step, sigmas[step], {"latents": latents})
+                if changed and "latents" in changed:
+                    latents = changed["latents"].to(device=self.device, dtype=torch.float32)
+        return latents
+
+    def _starting_latents(self, job: _Job) -> Tensor:
+        if job.latents is not None:
+            return job.latents.to(device=self.device, dtype=torch.float32)
+        shape = _latent_shape(self.checkpoint, job.request)
+        return torch.stack([sampling.noise(seed, shape) for seed in job.request.seeds]).to(self.device)
+
+    def _conditioning(self, job: _Job, timesteps: list[int]) -> list[dit.Conditioning]:
+        """What stays the same over the steps, for each picture of a job."""
+        parts, config, request = self._parts, self.checkpoint.dit, job.request
+        stem = parts.dit_stem.single()
+        embeddings = stem.time_embedding(self._times(timesteps), request.height, request.width)
+        source_embeddings = [stem.time_embedding(self._times([0]), *s.picture.size[::-1]) for s in job.sources]
+        tables = dit.adaln_table(parts.dit_adaln, torch.cat([embeddings, *source_embeddings]))
+        parts.dit_adaln.release()
+        steps = len(timesteps)
+        condition = self._condition(job, [table[steps:] for table in tables]) if job.sources else None
+        uncond_text = uncond_prior = None
+        if request.guided:
+            uncond_text = stem.glyphs(_required(job.uncond_glyphs))
+            uncond_prior = stem.prior(torch.zeros(1, config.width, dtype=self.dtype, device=self.device))
+        rows, columns = (2 * side for side in request.token_grid)
+        shared = dit.Conditioning(
+            cond_text=stem.glyphs(_required(job.cond_glyphs)),
+            cond_prior=embeddings,  # replaced below, a picture at a time
+            uncond_text=uncond_text,
+            uncond_prior=uncond_prior,
+            modulation=[table[:steps] for table in tables],
+            final_modulation=stem.final_modulation(embeddings),
+            rope=dit.rope_tables(config, rows, columns, self.device),
+            condition=condition,
+        )
+        priors = [stem.prior(parts.embed_prior(ids)) for ids in _required(job.prior_token_ids)]
+        return [replace(shared, cond_prior=prior) for prior in priors]
+
+    def _condition(self, job: _Job, tables: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of all source pictures, joined, a block."""
+        parts, config = self._parts, self.checkpoint.dit
+        stem = parts.dit_stem.single()
+        found = []
+        for index, source in enumerate(job.sources):
+            rows, columns = (2 * side for side in source.grid)
+            prior = stem.prior(parts.embed_prior(_upsample(_required(source.codes)[None], *source.grid)[0]))
+            modulation = [table[index : index + 1] for table in tables]
+            rope = dit.rope_tables(config, rows, columns, self.device)
+            latents = _required(source.latents)
+            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents, prior, modulation, rope))
+        return [
+            (torch.cat([keys for keys, _ in block], dim=1), torch.cat([values for _, values in block], dim=1))
+            for block in zip(*found, strict=True)
+        ]
+
+    def _times(self, timesteps: list[int]) -> Tensor:
+        return torch.tensor(timesteps, dtype=torch.float32, device=self.device)
+
+    # Decode
+
+    def _decode(self, latents: Tensor, events: Events) -> Tensor:
+        """Latents [B, C, h, w] -> pictures, float32 [B, 3, 8h, 8w] in 0..1 on the CPU."""
+        parts, pictures = self._parts, []
+        with parts.phase(parts.vae_decoder):
+            decoder = parts.vae_decoder.single()
+            for picture in latents.to(self.dtype).split(1):
+                pictures.append((decoder(picture).float() / 2 + 0.5).clamp(0, 1).cpu())
+                events.advance()
+        return torch.cat(pictures)
+
+
+def vram_bytes(vram: str | float) -> int | None:
+    """The `vram` argument in bytes: None for "auto", else gigabytes of 10^9."""
+    if vram == "auto":
+        return None
+    try:
+        gigabytes = float(vram)
+    except (TypeError, ValueError):
+        gigabytes = 0.0
+    if not 0 < gigabytes < 10**6:
+        raise InputError(f"vram {vram!r} is not a size", 'use "auto" or a number of gigabytes such as 12')
+    return int(gigabytes * GB)
+
+
+def _upsample(codes: Tensor, rows: int, columns: int) -> Tensor:
+    """Codes [B, rows * columns] at twice the resolution, nearest: [B, 4 * rows * columns]."""
+    grid = codes.view(-1, rows, columns)
+    return grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
+
+
+def _draft_units(job: _Job) -> int:
+    return 0 if job.prior_token_ids is not None else job.request.draft_tokens * job.request.num_images_per_prompt
+
+
+def _latent_shape(checkpoint: Checkpoint, request: GenerateRequest) -> tuple[int, int, int]:
+    factor = checkpoint.vae.scale_factor
+    return checkpoint.dit.in_channels, request.height // factor, request.width // factor
+
+
+def _split_inputs(
+    jobs: list[_Job], checkpoint: Checkpoint, latents: Tensor | None, prior_token_ids: Tensor | None
+) -> None:
+    """Check given noise and codes against the pictures asked for, and deal them to the jobs."""
+    pictures = sum(job.request.num_images_per_prompt for job in jobs)
+    shape = _latent_shape(checkpoint, jobs[0].request)
+    if latents is not None and tuple(latents.shape) != (pictures, *shape):
+        raise InputError(f"latents have shape {list(latents.shape)}, not {[pictures, *shape]}", "see the docstring")
+    if prior_token_ids is not None:
+        tokens, codebook = 4 * math.prod(jobs[0].request.token_grid), checkpoint.dit.codebook_size
+        if prior_token_ids.dim() != 2 or prior_token_ids.shape[0] not in (1, pictures) or prior_token_ids.shape[1] != tokens:
+            raise InputError(
+                f"prior_token_ids have shape {list(prior_token_ids.shape)}, not {[pictures, tokens]}",
+                "give the upsampled codes of an earlier picture of this size",
+            )
+        prior_token_ids = prior_token_ids.long().cpu().expand(pictures, -1)
+        if prior_token_ids.min() < 0 or prior_token_ids.max() >= codebook:
+            raise InputError(
+                f"prior_token_ids hold {int(prior_token_ids.max())}, and codes are 0 to {codebook - 1}",
+                "give the codes of an earlier picture",
+            )
+    start = 0
+    for job in jobs:
+        stop = start + job.request.num_images_per_prompt
+        job.latents = None if latents is None else latents[start:stop]
+        job.prior_token_ids = None if prior_token_ids is None else prior_token_ids[start:stop]
+        start = stop
+
+
+def _prompts_with_images(prompt: Any, image: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    """Each prompt with its source pictures; several prompts take a list of pictures each, as in diffusers."""
+    images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    if isinstance(prompt, str):
+        if len(images) == 1 and isinstance(images[0], list | tuple):
+            images = list(images[0])
+        return [(prompt, tuple(images))]
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts:
+        raise InputError("the list of prompts is empty", "give at least one prompt")
+    if len(prompts) == 1 and not (images and isinstance(images[0], list | tuple)):
+        images = [images]
+    if not images:
+        images = [[] for _ in prompts]
+    if len(images) != len(prompts) or not all(isinstance(each, list | tuple) for each in images):
+        raise InputError(
+            f"{len(prompts)} prompts came with {len(images)} lists of pictures", "give one list of pictures a prompt"
+        )
+    return [(text, tuple(each)) for text, each in zip(prompts, images, strict=True)]
+
+
+def _device_of(device_map: str | Mapping[str, Any] | None) -> Any:
+    """The device that diffusers' `device_map` names; its placing strategies mean "auto" here, where the plan decides."""
+    if isinstance(device_map, Mapping):
+        found = {str(value) for value in device_map.values()}
+        if len(found) != 1:
+            raise InputError(f"device_map names {len(found)} devices", "one device is used: give device= instead")
+        return found.pop()
+    return "auto" if device_map in ("auto", "balanced", "sequential") else device_map
+
+
+def _generator_seed(generator: Any) -> int:
+    """A generator supplies only its initial seed."""
+    if isinstance(generator, list | tuple) and len(generator) == 1:
+        (generator,) = generator
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is of type {type(generator).__name__}", "give one torch.Generator, or seed=")
+    return generator.initial_seed() & MAX_SEED
+
+
+def _one_of(name: str, value: Any, alias: str, other: Any) -> Any:
+    """A value given under either of two names."""
+    if value is not None and other is not None:
+        raise InputError(f"{name} and {alias} were both given", f"give {name} alone")
+    return value if value is not None else other
+
+
+def _required(value: T | None) -> T:
+    """A field that an earlier stage has filled."""
+    if value is None:
+        raise RuntimeError("a stage ran before the one that feeds it")
+    return value

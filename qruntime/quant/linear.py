@@ -1,0 +1,72 @@
+"""The matrix product of a block, whatever its weights are stored as.
+
+A `Linear` owns views into a slot, never memory. `load` is called when the slot's bytes were replaced: it packs int4 weights into
+the form that the device's own product wants, from a staging copy of the same layout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..ops import torch_int4
+from .scheme import Scheme
+
+
+class Linear:
+    """y = x W^T + b over the parts of one scheme.
+
+    Args:
+        scheme: how W is stored.
+        parts: W's stored parts by suffix ("" for plain; ".q", ".scale", ".zero"), as `Scheme.parts` shapes them.
+        bias: [N] or None.
+        dtype: what products are computed in.
+    """
+
+    def __init__(self, scheme: Scheme, parts: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.scheme = scheme
+        self.parts = parts
+        self.dtype = dtype
+        self.bias = bias
+        self.form = torch_int4.STORED
+        if scheme.kind == "int4":
+            q, scale, zero = parts[".q"], parts[".scale"], parts[".zero"]
+            adjacent = zero.storage_offset() == scale.storage_offset() + scale.numel()
+            if adjacent:
+                self.form = torch_int4.form(q.device, dtype, q.shape[0], 2 * q.shape[1], scheme.group_size)
+
+    @property
+    def needs_packing(self) -> bool:
+        return self.form != torch_int4.STORED
+
+    @property
+    def _scale_zero(self) -> Tensor:
+        """The bytes of scale and zero, seen as one [K/g, N, 2]."""
+        scale = self.parts[".scale"]
+        n, groups = scale.shape
+        return scale.as_strided((groups, n, 2), (2 * n, 2, 1))
+
+    def pack_from(self, stored: Linear) -> None:
+        """Fill this packed product from one over a staging copy of the stored bytes."""
+        torch_int4.pack(
+            self.form,
+            stored.parts[".q"],
+            stored.parts[".scale"],
+            stored.parts[".zero"],
+            self.parts[".q"],
+            self._scale_zero,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if self.scheme.kind == "plain":
+            return F.linear(x, self.parts[""], self.bias)
+        if self.scheme.kind == "int8":
+            if self.scheme.rotation:
+                x = ops.rotate(x, self.scheme.rotation)
+            return ops.linear_int8(x, self.parts[".q"], self.parts[".scale"], self.bias)
+        if self.needs_packing:
+            return torch_int4.linear(self.form, x, self.parts[".q"], self._scale_zero, self.bias)
+        return ops.linear_int4(x, self.parts[".q"], self.parts[".scale"], self.parts[".zero"], self.bias)

@@ -1,0 +1,64 @@
+"""Fixtures and switches of the whole suite.
+
+Importing the stock libraries takes seconds, so nothing here does it before a test asks for a checkpoint or the reference. The
+checkpoints and pipelines are made once a worker and shared: a test that changes a folder copies it first, and no test changes
+a pipeline.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow: full-size shapes, minutes each")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes or much memory; runs with --slow only")
+    # Torch reads this when it is imported, here and in the processes that tests start. Tiny shapes lose by a second thread;
+    # full-size ones share the cores among the workers.
+    workers = int(getattr(config, "workerinput", {}).get("workercount", 1))
+    threads = max(1, (os.cpu_count() or 1) // workers) if config.getoption("--slow") else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: pass --slow to run it")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`official(variant="base", **options)` is the folder of a tiny official checkpoint (options of `write_official`)."""
+    pytest.importorskip("transformers", reason="the extra `reference` is not installed")
+    pytest.importorskip("diffusers", reason="the extra `reference` is not installed")
+    from .tiny import write_official
+
+    @functools.cache
+    def folder(variant: str = "base", **options: Any) -> Path:
+        return write_official(tmp_path_factory.mktemp(variant) / "GLM-Image", variant, **options)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(official: Callable[..., Path]) -> Callable[..., Any]:
+    """`reference(variant="base", **options)` is the stock pipeline over `official(variant, **options)`, float32 on the CPU."""
+    from .oracle import load_reference
+
+    @functools.cache
+    def pipeline(variant: str = "base", **options: Any) -> Any:
+        return load_reference(official(variant, **options))
+
+    return pipeline
