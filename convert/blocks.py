@@ -1,8 +1,9 @@
 """One block, from the tensors of the source to its bytes in the new file.
 
-A tensor is read through its memory map a chunk of rows at a time, quantised where the device is, and written where its parts
-belong, so that neither host nor device ever holds a large tensor. The size of a chunk is a constant: were it to follow the
-free memory, a product over more rows might round differently, and the same source would not always give the same bytes.
+A tensor is read through its memory map a chunk of rows at a time, quantised where the device is, and written where
+its parts belong, so that neither host nor device ever holds a large tensor. The size of a chunk is a constant: were
+it to follow the free memory, a product over more rows might round differently, and the same source would not always
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def convert_block(
         records.append(
             TensorRecord(
                 name=name,
-                scheme=scheme.to_json(),
+                scheme=scheme.to_json() if "" not in own else {"type": "plain", "dtype": own[""].dtype},
                 shape=stored.shape,
                 nbytes=sum(entry.nbytes for entry in own.values()),
                 source_dtype=stored.dtype,
@@ -131,7 +132,7 @@ def _sum_of_squares(values: Tensor) -> float:
 
 
 def _chunks(source: Component, name: str) -> Iterator[tuple[int, Tensor]]:
-    """A stored tensor as matrices [rows, columns] of at most `CHUNK_ELEMENTS` (or one row), each with its first row's index."""
+    """A tensor as matrices [rows, columns] of at most `CHUNK_ELEMENTS`, or one row, each with its first row's index."""
     stored = source.tensors[name]
     raw, item = source.bytes_of(name), DTYPE_BYTES[stored.dtype]
     rows, columns = stored.shape[0], math.prod(stored.shape[1:])

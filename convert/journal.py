@@ -1,8 +1,8 @@
 """What a conversion has finished, on disk, so that one killed at any point can go on.
 
-The first line says what is being made from what (`head`); every further line is a block whose bytes are known to be on disk.
-A line is written after those bytes were flushed, so a kill loses at most the block under way, and the last line may be torn:
-reading stops there. The open journal is also the lock that keeps two conversions out of one folder.
+The first line says what is being made from what (`head`); every further line is a block whose bytes are known to be
+on disk. A line is written after those bytes were flushed, so a kill loses at most the block under way, and the last
+line may be torn: reading stops there. The open journal is also the lock that keeps two conversions out of one folder.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Journal:
 
     @property
     def in_place(self) -> bool:
-        """Whether the locked file still is the one in the folder: the process that held the lock before may have moved it."""
+        """Whether the locked file still is the one in the folder: who held the lock before may have removed it."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
         except FileNotFoundError:

@@ -1,12 +1,13 @@
 """Recipes: which scheme each matrix of the model is given.
 
-A recipe names products, not tensors: (component, kind of block, key of the product), as the models' `block_specs` call them.
-So it holds for every size of the model, and the widths decide only how far a scheme must fall back (`Scheme.fit`).
+A recipe names products, not tensors: (component, kind of block, key of the product), as the models' `block_specs`
+call them. So it holds for every size of the model, and the widths decide only how far a scheme must fall back
+(`Scheme.fit`).
 
-Why balanced is what it is: the decoder's layers are read once a token, so their bytes are its speed, and 4 bits is what they
-bear. The head decides every token alone and is small. The transformer works on thousands of tokens at once, so its products
-want integer arithmetic on both sides, which needs rotated inputs. AdaLN products run once a picture and never occupy GPU
-memory, the rest is small: they stay as they are.
+Why balanced is what it is: the decoder's layers are read once a token, so their bytes are its speed, and 4 bits is
+what they bear. The head decides every token alone and is small. The transformer works on thousands of tokens at once,
+so its products want integer arithmetic on both sides, which needs rotated inputs. AdaLN products run once a picture
+and never occupy GPU memory, the rest is small: they stay as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _SMALL = {**_BALANCED, **_places(_DIT, "block", "mlp_in mlp_out", _INT4_G32)}
 
 @dataclass(frozen=True)
 class Recipe:
-    """`schemes` of the products it quantises, and the safetensors dtype of everything else (None: as the source has it)."""
+    """`schemes` of the products it quantises; the safetensors dtype of everything else (None: that of the source)."""
 
     name: str
     schemes: Mapping[Place, Scheme]

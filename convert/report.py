@@ -1,8 +1,8 @@
 """What quantising cost: `quant_report.json`, and the few lines of it that are printed.
 
-The relative error of a tensor is the Frobenius norm of W - W' over that of W, where W' is what the stored parts stand for
-(rotation undone). Of several tensors it is the same over all their elements. How much a matrix matters to the picture is
-another question, which only pictures answer.
+The relative error of a tensor is the Frobenius norm of W - W' over that of W, where W' is what the stored parts stand
+for (rotation undone). Of several tensors it is the same over all their elements. How much a matrix matters to the
+picture is another question, which only pictures answer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def summary(report: Report) -> str:
     tensors = [(name, entry) for entries in report["tensors"].values() for name, entry in entries.items()]
     tensors.sort(key=lambda named: named[1]["relative_error"], reverse=True)
     lines.append("largest errors:")
-    lines += [f"  {entry['relative_error']:.4f}  {name} ({_scheme(entry['scheme'])})" for name, entry in tensors[:_WORST]]
+    for name, entry in tensors[:_WORST]:
+        lines.append(f"  {entry['relative_error']:.4f}  {name} ({_scheme(entry['scheme'])})")
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
 """A conversion from beginning to end.
 
-Everything that can be refused is refused first: the source is opened and checked, the whole output planned to the byte, the
-disk asked for room. Then block after block is converted, flushed and entered in the journal. Configs, report and manifest come
-last, and one rename makes the folder OUT.
+Everything that can be refused is refused first: the source is opened and checked, the whole output planned to the
+byte, the disk asked for room. Then block after block is converted, flushed and entered in the journal. Configs,
+report and manifest come last, and one rename makes the folder OUT.
 
-The result depends on the source, the recipe, the device and the version of torch, and on nothing else: there are no times
-and no paths in it, and a conversion that was killed and resumed gives the same bytes as one that was not.
+The result depends on the source, the recipe, the device and the version of torch, and on nothing else: there are no
+times and no paths in it, and a conversion that was killed and resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -23,7 +24,7 @@ from qruntime import __version__
 from qruntime import device as devices
 from qruntime.checkpoint.hub import is_hub_id, is_wanted, locate, require_free
 from qruntime.checkpoint.index import checked_file, file_names, read_json
-from qruntime.checkpoint.manifest import MANIFEST, folder_label, read_manifest, record_file, write_manifest
+from qruntime.checkpoint.manifest import MANIFEST, FileRecord, folder_label, read_manifest, record_file, write_manifest
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
 from qruntime.checkpoint.writer import Shard, open_shard, plan_shards
 from qruntime.errors import InputError, QruntimeError
@@ -98,21 +99,22 @@ def convert(
 ) -> ConversionResult:
     """Convert an official checkpoint, a folder or a hub id, into the folder `out`.
 
-    `resume` goes on with what an earlier run left; `overwrite` replaces an existing `out` once the new one is complete, and,
-    unless resuming, starts a left-over again. `announce` is told the size of a download before it begins.
-    Raises `InputError` for what cannot be converted or written as asked, `CheckpointError` for a bad source, `QruntimeError`
-    for a disk or device that fails. What was finished until then stays beside `out`, to be resumed.
+    `resume` goes on with what an earlier run left; `overwrite` replaces an existing `out` once the new one is complete,
+    and, unless resuming, starts a left-over again. `announce` is told the size of a download before it begins.
+
+    Raises `InputError` for what cannot be converted or written as asked, `CheckpointError` for a bad source and
+    `QruntimeError` for a disk or device that fails. What was finished until then stays beside `out`, to be resumed.
     """
     if recipe not in NAMES:
         raise InputError(f"recipe {recipe!r} is not known", f"use one of {', '.join(NAMES)}")
     out = Path(os.path.abspath(out))
     on = devices.resolve_device(device)
-    folder = locate(source, announce=announce)
+    folder = locate(source, announce=announce or (lambda _: None))
     _check_places(folder, out)
     checkpoint = Checkpoint.open(folder)
     if any(component.schemes.pairs for component in checkpoint.components.values()):
-        raise InputError(f"{folder} was already quantised, by recipe {checkpoint.recipe}", "convert the official checkpoint")
-    name = source if is_hub_id(source) and not Path(source).exists() else folder_label(folder)
+        raise InputError(f"{folder} is quantised, by recipe {checkpoint.recipe}", "convert the official checkpoint")
+    name = source if is_hub_id(source) and not Path(source).is_dir() else folder_label(folder)
     conversion = _Conversion(checkpoint, str(name), RECIPES[recipe], on, progress or (lambda _: None))
     try:
         with staging(out, resume=resume, overwrite=overwrite) as stage:
@@ -132,7 +134,7 @@ def _check_places(source: Path, out: Path) -> None:
     home = Path(os.path.realpath(source))
     for place in map(Path, map(os.path.realpath, occupied_folders(out))):
         if home == place or home in place.parents or place in home.parents:
-            raise InputError(f"{out} and the source {source} lie in each other's way", "choose another folder for the output")
+            raise InputError(f"{out} and the source {source} lie within each other", "choose another folder for OUT")
 
 
 class _Conversion:
@@ -163,9 +165,9 @@ class _Conversion:
             return ConversionResult(stage.out, self._recipe.name, report, total, total)
         earlier = self._earlier_blocks(stage)
         self._require_room(stage, earlier)
-        blocks, resumed = self._convert_blocks(stage, earlier)
+        blocks, resumed, weights = self._convert_blocks(stage, earlier)
         report = build_report(self._recipe.name, blocks)
-        self._finish(stage, blocks, report)
+        self._finish(stage, blocks, weights, report)
         stage.publish()
         return ConversionResult(stage.out, self._recipe.name, report, len(blocks), resumed)
 
@@ -191,7 +193,7 @@ class _Conversion:
         }
 
     def _fingerprint(self) -> str:
-        """Tells one source from another without reading its weights: names, sizes, times and headers of files, configs."""
+        """Tells sources apart without reading weights: by the names, sizes, times and headers of files, and configs."""
         digest = hashlib.sha256()
         for plan in self._plans:
             for path in sorted({tensor.file for tensor in plan.source.tensors.values()}):
@@ -207,12 +209,13 @@ class _Conversion:
         """What the journal holds, once it is known to be of this very conversion."""
         head = self._head()
         previous, records = stage.journal.read()
+        stage.worth_keeping = bool(records)
         if previous is None:
             stage.journal.restart(head)
         elif previous != head:
             key = next(key for key in (*head, *previous) if previous.get(key) != head.get(key))
             raise InputError(
-                f"{stage.folder} cannot be resumed: its {key} was {previous.get(key)!s:.80}, and is {head.get(key)!s:.80}",
+                f"{stage.folder} cannot be resumed: its {key} was {previous.get(key)!s:.80}, now {head.get(key)!s:.80}",
                 "resume where and as it was begun, or add --overwrite without --resume to start again",
             )
         return {(record.component, record.block): record for record in records}
@@ -228,9 +231,10 @@ class _Conversion:
 
     def _convert_blocks(
         self, stage: Staging, earlier: dict[tuple[str, str], BlockRecord]
-    ) -> tuple[list[BlockRecord], int]:
-        """Every block in order, the count of those that were there already."""
+    ) -> tuple[list[BlockRecord], int, dict[str, FileRecord]]:
+        """Every block in order, the count of those that were there already, and the files that hold them."""
         blocks: list[BlockRecord] = []
+        files: dict[str, FileRecord] = {}
         resumed = done_bytes = 0
         total = sum(len(shard.blocks) for plan in self._plans for shard in plan.shards)
         total_bytes = sum(t.end - t.start for plan in self._plans for t in plan.source.tensors.values())
@@ -252,9 +256,12 @@ class _Conversion:
                         done_bytes += sum(tensor.source_nbytes for tensor in record.tensors)
                         name = f"{component}/{placed.spec.name}"
                         self._progress(Progress(name, found, len(blocks), total, done_bytes, total_bytes))
-        return blocks, resumed
+                files[f"{component}/{shard.name}"] = record_file(folder / shard.name)
+        return blocks, resumed, files
 
-    def _finish(self, stage: Staging, blocks: list[BlockRecord], report: Report) -> None:
+    def _finish(
+        self, stage: Staging, blocks: list[BlockRecord], weights: dict[str, FileRecord], report: Report
+    ) -> None:
         """Everything but the weights, the manifest last."""
         source = hashlib.sha256("".join(block.source_sha256 for block in blocks).encode())
         contents: dict[str, bytes] = {}
@@ -271,19 +278,18 @@ class _Conversion:
             with path.open("wb") as file:
                 file.write(content)
                 flush(file)
-        weights = [f"{plan.source.name}/{shard.name}" for plan in self._plans for shard in plan.shards]
         write_manifest(
             stage.folder,
             source_name=self._source_name,
             source_sha256=source.hexdigest(),
             recipe=self._recipe.name,
             environment=self._environment,
-            files={name: record_file(stage.folder / name) for name in (*contents, *weights)},
+            files={**weights, **{name: record_file(stage.folder / name) for name in contents}},
         )
 
 
 def _carried_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """The configs and tokenizer files that go along, by their names in the checkpoint: of known folders and kinds only."""
+    """The configs and tokenizer files that go along, by their names in the checkpoint: known folders and kinds only."""
     yield "model_index.json", checked_file(root, "model_index.json")
     for folder in (*COMPONENTS, *_SMALL_FOLDERS):
         if not os.path.lexists(root / folder):
@@ -301,12 +307,10 @@ def _carried_files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _with_schemes(config: object, schemes: SchemeMap) -> bytes:
     """A component's `config.json` that says how its matrices are stored."""
-    if not isinstance(config, dict):
-        raise TypeError("a config that was opened before is a JSON object")
     quantization = {
         "quant_method": "qruntime",
         "format": 1,
         "schemes": {pattern: scheme.to_json() for pattern, scheme in schemes.pairs.items()},
     }
-    content = {**config, "quantization_config": quantization}
+    content = {**cast(dict[str, object], config), "quantization_config": quantization}  # `Checkpoint.open` saw to it
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

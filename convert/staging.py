@@ -1,7 +1,7 @@
 """Where a conversion grows until it is whole: a folder `OUT.partial` beside the folder it will become.
 
-OUT itself appears by one rename, so nobody ever sees half a checkpoint under that name. What may be lying around when a
-conversion starts, because an earlier one was killed, is put in order here.
+OUT itself appears by one rename, so nobody ever sees half a checkpoint under that name. What may be lying around when
+a conversion starts, because an earlier one was killed, is put in order here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def partial_folder(out: Path) -> Path:
 def _replaced_folder(out: Path) -> Path:
     """Where an OUT that is being replaced stands between two renames."""
     return out.with_name(out.name + ".replaced-by-conversion")
+
+
+def occupied_folders(out: Path) -> tuple[Path, ...]:
+    """Every folder that a conversion into `out` may make, rename or remove."""
+    return out, partial_folder(out), _replaced_folder(out)
 
 
 class Staging:
@@ -108,18 +113,19 @@ def _is_staging(folder: Path) -> bool:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{out} exists", "choose another name, or add --overwrite")
-    if out.is_symlink() or not out.is_dir() or not (any_of(out, MANIFEST, "model_index.json") or not any(out.iterdir())):
+    is_folder = out.is_dir() and not out.is_symlink()
+    if not is_folder or (any(out.iterdir()) and not _is_checkpoint(out)):
         raise InputError(f"{out} is not a checkpoint, so it is not overwritten", "choose another name, or remove it")
 
 
-def any_of(folder: Path, *names: str) -> bool:
-    return any((folder / name).exists() for name in names)
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "model_index.json").exists()
 
 
 def _undo_half_a_replacement(out: Path) -> None:
-    """A process killed while it replaced OUT left the older one under another name: put it back, or finish removing it."""
+    """A process killed while it replaced OUT left the older one under another name: put it back, or remove it."""
     replaced = _replaced_folder(out)
-    if not any_of(replaced, MANIFEST, "model_index.json"):
+    if not _is_checkpoint(replaced):
         return
     if out.exists():
         shutil.rmtree(replaced)

@@ -104,16 +104,22 @@ def load_picture(source: PictureSource, limits: PictureLimits = DEFAULT_LIMITS) 
 def fit_source(
     image: Image.Image, min_pixels: int = 512 * 512, max_pixels: int = 2048 * 2048, factor: int = SIZE_MULTIPLE
 ) -> Image.Image:
-    """Resize a source picture once, so that no later stage has to; one that is legal already comes back as it is.
+    """Resize a source picture to `fitted_size`, once and bicubically; one that is legal already comes back as it is."""
+    size = fitted_size(image.size, min_pixels, max_pixels, factor)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def fitted_size(
+    size: tuple[int, int], min_pixels: int = 512 * 512, max_pixels: int = 2048 * 2048, factor: int = SIZE_MULTIPLE
+) -> tuple[int, int]:
+    """The (width, height) at which a source picture is used, so that no later stage resizes it again.
 
     Sides become multiples of `factor` in the range sqrt(min_pixels) to sqrt(max_pixels) of the checkpoint's processor,
     with the aspect kept as well as multiples allow. Raises `InputError` where one side is over 4 times the other.
     """
-    short_side, long_side = sorted(image.size)
-    if long_side > MAX_ASPECT * short_side:
-        raise InputError(
-            f"a source picture of {image.width} x {image.height} is longer than {MAX_ASPECT}:1", "crop it first"
-        )
+    width, height = size
+    if max(size) > MAX_ASPECT * min(size):
+        raise InputError(f"a source picture of {width} x {height} is longer than {MAX_ASPECT}:1", "crop it first")
     low = math.ceil(round(math.sqrt(min_pixels)) / factor) * factor
     high = round(math.sqrt(max_pixels)) // factor * factor
     if low > high:
@@ -121,8 +127,7 @@ def fit_source(
             f"the processor's range, {min_pixels} to {max_pixels} pixels, holds no side that is a multiple of {factor}",
             "download the checkpoint again",
         )
-    size = _nearest_size(image.size, low, high, factor)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return _nearest_size(size, low, high, factor)
 
 
 def to_vision_patches(
@@ -172,9 +177,11 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if "\0" in str(output):
         raise InputError("the output's name holds a NUL character", "choose another name")
     if output.suffix.lower() != ".png":
-        raise InputError(f"the output {output.name!r} does not end in .png", f"use {output.stem or 'out'}.png")
+        raise InputError(
+            f"{_short(output.name)} is not the name of a .png file", f"use {_short(output.stem or 'out')}.png"
+        )
     if not output.parent.is_dir():
-        raise InputError(f"there is no folder {output.parent}", "create it first")
+        raise InputError(f"there is no folder {_short(output.parent)}", "create it first")
     return output
 
 
@@ -202,7 +209,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
                 os.replace(temporary, taken)
     except OSError as error:
         reason = error.strerror or error
-        raise QruntimeError(f"cannot write {output}: {reason}", "check the folder and its disk") from None
+        raise QruntimeError(f"cannot write {_short(output)}: {reason}", "check the folder and its disk") from None
     return taken
 
 
@@ -259,8 +266,7 @@ def _read_source(source: object, max_bytes: int) -> tuple[bytes, str]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, name = bytes(source[: max_bytes + 1]), "the picture"
     elif isinstance(source, (str, os.PathLike)):
-        name = os.path.basename(os.fspath(source)) or "the picture"
-        name = " ".join(str(name).split())
+        name = _short(Path(source).name or source)
         data = _read_file(Path(source), name, max_bytes)
     elif hasattr(source, "read"):
         name = "the picture"
@@ -291,7 +297,9 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
     except FileNotFoundError:
         raise InputError(f"there is no file {name}", "check the path; addresses are not fetched") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"{name} cannot be read: {getattr(error, 'strerror', None) or error}", "check the path"
+        ) from None
 
 
 def _decode(image: Image.Image, name: str, limits: PictureLimits) -> Image.Image:
@@ -348,6 +356,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _short(name: object) -> str:
+    """A path or file name for an error: one line of at most 200 characters, whatever it is called."""
+    text = " ".join(str(name).replace("\0", " ").split())
+    return text if len(text) <= 200 else "..." + text[-197:]
+
+
 def _smaller(limits: PictureLimits) -> str:
     return f"give one of at most {limits.max_pixels / 1e6:g} million pixels"
 
@@ -385,7 +399,7 @@ def _claim(output: Path) -> Path:
         except FileExistsError:
             continue
         return candidate
-    raise InputError(f"{MAX_NUMBERED_NAMES} files are named like {output.name}", "choose another name")
+    raise InputError(f"{MAX_NUMBERED_NAMES} files are named like {_short(output.name)}", "choose another name")
 
 
 @contextlib.contextmanager

@@ -135,9 +135,9 @@ class GlmImagePipeline:
 
     def plan(self, request: GenerateRequest, source_sides: Sequence[tuple[int, int]] = ()) -> Plan:
         """Where weights will live for a request. Raises `MemoryBudgetError` when it does not fit."""
-        on_cuda = self.device.type == "cuda"
-        budget, overhead = self.vram_bytes, CUDA_CONTEXT_BYTES if on_cuda else 0
-        if budget is None and self.device.type != "cpu":
+        kind = devices.kind(self.device)
+        budget, overhead = self.vram_bytes, CUDA_CONTEXT_BYTES if kind == "cuda" else 0
+        if budget is None and kind != "cpu":
             budget, overhead = devices.available_bytes(self.device, self._parts.held_bytes) - AUTO_MARGIN_BYTES, 0
         name = DTYPE_NAMES[self.dtype]
         return plan(self.checkpoint, name, request, budget, overhead_bytes=overhead, source_sides=source_sides)

@@ -259,8 +259,8 @@ def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> lis
 
 
 def _token_id(tokenizer: Tokenizer, config: dict[str, Any], name: str) -> int:
-    extra = config.get("extra_special_tokens")
-    token = config.get(name) or (extra.get(name) if isinstance(extra, dict) else None)
+    groups = [config, *(config.get(key) for key in ("model_specific_special_tokens", "extra_special_tokens"))]
+    token = next((group[name] for group in groups if isinstance(group, dict) and group.get(name)), None)
     if isinstance(token, dict):
         token = token.get("content")
     if not isinstance(token, str):

@@ -1,8 +1,8 @@
 """Fixtures and switches of the whole suite.
 
-Importing the stock libraries takes seconds, so nothing here does it before a test asks for a checkpoint or the reference. The
-checkpoints and pipelines are made once a worker and shared: a test that changes a folder copies it first, and no test changes
-a pipeline.
+Importing the stock libraries takes seconds, so nothing here does it before a test asks for a checkpoint or the
+reference. The checkpoints and pipelines are made once a worker and shared: a test that changes a folder copies it
+first, and no test changes a pipeline.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow: full-size shapes, minutes each")
+    parser.addoption(
+        "--slow", action="store_true", help="also run the tests marked slow: full-size shapes, minutes each"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes or much memory; runs with --slow only")
-    # Torch reads this when it is imported, here and in the processes that tests start. Tiny shapes lose by a second thread;
-    # full-size ones share the cores among the workers.
+    config.addinivalue_line("markers", "slow: takes minutes or much memory; run with --slow")
+    if config.getoption("--slow") and config.option.markexpr == "not slow":
+        config.option.markexpr = ""  # the default of pyproject.toml
+    # Torch reads this when it is imported, here and in the processes that tests start. Tiny shapes lose by a second
+    # thread; full-size ones share the cores among the workers.
     workers = int(getattr(config, "workerinput", {}).get("workercount", 1))
     threads = max(1, (os.cpu_count() or 1) // workers) if config.getoption("--slow") else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
+    if config.getoption("--slow") or "slow" in config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="slow: pass --slow to run it")
     for item in items:
@@ -40,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`official(variant="base", **options)` is the folder of a tiny official checkpoint (options of `write_official`)."""
+    """`official(variant="base", **options)` is the folder of a tiny checkpoint; the options are `write_official`'s."""
     pytest.importorskip("transformers", reason="the extra `reference` is not installed")
     pytest.importorskip("diffusers", reason="the extra `reference` is not installed")
     from .tiny import write_official
@@ -54,7 +58,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def reference(official: Callable[..., Path]) -> Callable[..., Any]:
-    """`reference(variant="base", **options)` is the stock pipeline over `official(variant, **options)`, float32 on the CPU."""
+    """`reference(variant="base", **options)` is the stock pipeline over that checkpoint, in float32 on the CPU."""
     from .oracle import load_reference
 
     @functools.cache

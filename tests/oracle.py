@@ -28,7 +28,7 @@ Pictures = Sequence[Image.Image]
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """What the stock pipeline made: final latents [B, C, H/8, W/8], pictures [B, 3, H, W] in 0..1, upsampled prior ids [1, N]."""
+    """What the stock pipeline made: final latents [B, C, H/8, W/8], pictures [B, 3, H, W] in 0..1, prior ids [1, N]."""
 
     latents: Tensor
     pictures: Tensor
@@ -36,9 +36,9 @@ class ReferenceRun:
 
 
 def load_reference(folder: Path) -> GlmImagePipeline:
-    """The stock pipeline over `folder`, float32 on the CPU, with the Pillow image processor wherever torchvision has another.
+    """The stock pipeline over `folder`, float32 on the CPU, with the Pillow image processor whatever is installed.
 
-    The two image processors resample with different rounding, which would make codes depend on what is installed.
+    Torchvision's image processor, which the stock loader prefers, rounds differently by one level of 255.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -53,9 +53,9 @@ def load_reference(folder: Path) -> GlmImagePipeline:
 def reference_inputs(
     pipe: GlmImagePipeline, prompt: str, height: int, width: int, images: Pictures | None = None
 ) -> BatchFeature:
-    """What the stock pipeline feeds its decoder: `input_ids` [1, S], `image_grid_thw` [G, 3] in 32-pixel cells, `pixel_values`.
+    """What the stock pipeline feeds its decoder: `input_ids` [1, S], `image_grid_thw` [G, 3] and `pixel_values`.
 
-    Grids: for text the target then the preview, for edits each source then the target.
+    Grids count cells of 32 pixels: for text the target then the preview, for edits each source then the target.
     """
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images or ()]
     content.append({"type": "text", "text": prompt})
@@ -91,7 +91,7 @@ class _CodesOnly(LogitsProcessor):
 def reference_greedy_draft(
     pipe: GlmImagePipeline, prompt: str, height: int, width: int, images: Pictures | None = None
 ) -> Tensor:
-    """The codes that greedy decoding writes, int64 [N]: preview grid, then target grid; only the target grid for edits."""
+    """The codes that greedy decoding writes, int64 [N]: preview grid then target grid, for edits the target alone."""
     model = pipe.vision_language_encoder
     inputs = reference_inputs(pipe, prompt, height, width, images)
     count = sum(rows * columns for rows, columns in draft_grids(inputs))
@@ -209,9 +209,10 @@ def reference_dit(
 ) -> Tensor:
     """One prediction of the DiT, [B, C, H/8, W/8].
 
-    `timestep` is what the network is told (the raw timestep minus one), `target_size` (height, width) in pixels and by default
-    that of `latents`. `prior_token_ids` are upsampled, [B, N]; `drop_prior` zeroes them as the unconditional pass does.
-    `conditions` are (latents, upsampled prior ids) of the source pictures, read through the stock key-value cache.
+    `timestep` is what the network is told (the raw timestep minus one), `target_size` (height, width) in pixels and by
+    default that of `latents`. `prior_token_ids` are upsampled, [B, N]; `drop_prior` zeroes them as the unconditional
+    pass does. `conditions` are (latents, upsampled prior ids) of the source pictures, read through the stock key-value
+    cache.
     """
     cache = GlmImageKVCache(num_layers=pipe.transformer.config.num_layers)
     cache.set_mode("write")
@@ -261,8 +262,8 @@ def reference_pictures(
 ) -> ReferenceRun:
     """The whole stock pipeline from given first `latents` [B, C, H/8, W/8] and upsampled `prior_token_ids` [1, N].
 
-    Without `prior_token_ids` the greedy draft is used. Source pictures get their codes from the stock vision tower; each side
-    must be a multiple of 32 that the processor takes unscaled, or the stock pipeline fails.
+    Without `prior_token_ids` the greedy draft is used. Source pictures get their codes from the stock vision tower;
+    each side must be a multiple of 32 that the processor takes unscaled, or the stock pipeline fails.
     """
     if prior_token_ids is None:
         drafted = reference_greedy_draft(pipe, prompt, height, width, images)

@@ -86,7 +86,8 @@ def test_options_change_the_form_and_the_stock_pipeline_still_loads_it(official:
     folder = official("narrow", sharded=False, nested_processor=True, dtype=torch.bfloat16)
     names = set(file_bytes(folder))
     assert {"transformer/diffusion_pytorch_model.safetensors", "vision_language_encoder/model.safetensors"} <= names
-    assert "processor/processor_config.json" in names and "processor/preprocessor_config.json" not in names
+    assert "processor/processor_config.json" in names
+    assert "processor/preprocessor_config.json" not in names
     pipe = load_reference(folder)
     assert pipe.processor.image_processor.size["shortest_edge"] == 64 * 64
     # float32 weights rounded to bf16 are the same model to rounding, so the option changed the dtype and nothing else.
@@ -346,7 +347,8 @@ def test_ids_run_as_officially_and_words_are_merged(tokenizer: Tokenizer) -> Non
     assert min(ids[:4]) >= sizes.vision_vocab_size
     sop, eop, image = (tokenizer.token_to_id(name) for name in ("<sop>", "<eop>", "<|image|>"))
     assert (eop, image) == (sop + 1, sop + 10)
-    assert ids.count(sop) == 1 and ids[-3:] == [eop, 64, image]
+    assert ids.count(sop) == 1
+    assert ids[-3:] == [eop, 64, image]
     assert tokenizer.to_str() == text_tokenizer(sizes).to_str()
 
 

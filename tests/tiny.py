@@ -1,12 +1,12 @@
 """Tiny random GLM-Image checkpoints in the official layout, written by the stock libraries themselves.
 
-The real checkpoint is 35.8 GB and cannot be part of a test suite. What the tests need from it is its *form*: the folders,
-file names, tensor names, configs and tokenizers that transformers and diffusers write and read. So the models here are stock
-models with official architecture and toy widths, saved by their own `save_pretrained`; only the small JSON files that newer
-library versions name differently are written by hand, in the official form.
+The real checkpoint is 35.8 GB and cannot be part of a test suite. What the tests need from it is its *form*: the
+folders, file names, tensor names, configs and tokenizers that transformers and diffusers write and read. So the models
+here are stock models with official architecture and toy widths, saved by their own `save_pretrained`; only the small
+JSON files that newer library versions name differently are written by hand, in the official form.
 
-Weights are random but not at the libraries' initial values: norms have uneven scales, biases are not zero, the AdaLN products
-move the blocks, so that a forgotten bias, a swapped chunk or a wrong epsilon shows in the output. What the pictures lack is
+Weights are random but not at the libraries' initial values: norms have uneven scales, biases are not zero, the AdaLN
+products move the blocks, so that a forgotten bias or a swapped chunk shows in the output. What the pictures lack is
 meaning; nothing here says how well the model draws.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,36 @@ _SPARE_ROWS = 8  # the official embedding, too, has more rows than the tokenizer
 _LATENTS_MEAN = (-0.2080078125, 1.875, -0.470703125, -1.265625, -1.421875, 0.77734375, -0.3671875, -0.9453125)
 _LATENTS_STD = (3.0625, 2.203125, 2.265625, 4.84375, 2.5, 3.9375, 2.203125, 3.03125)
 
+MODEL_INDEX: Mapping[str, Any] = {
+    "_class_name": "GlmImagePipeline",
+    "_diffusers_version": "0.37.0.dev0",
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "tokenizer": ["transformers", "ByT5Tokenizer"],
+    "processor": ["transformers", "GlmImageProcessor"],
+    "transformer": ["diffusers", "GlmImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+# Sources from 64 to 256 pixels a side are taken as they are; the official range is 512 to 2048.
+PREPROCESSOR: Mapping[str, Any] = {
+    "min_pixels": 64 * 64,
+    "max_pixels": 256 * 256,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "patch_size": 16,
+    "temporal_patch_size": 1,
+    "merge_size": 1,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "image_processor_type": "GlmImageImageProcessor",
+    "processor_class": "GlmImageProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.content is string -%}
@@ -177,7 +207,13 @@ VARIANTS: Mapping[str, Variant] = {
         rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]},
         vision={"hidden_size": 32, "intermediate_size": 64, "depth": 3, "num_heads": 2, "image_size": 128},
         vq_embed_dim=24,
-        dit={"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 32, "time_embed_dim": 32, "condition_dim": 16},
+        dit={
+            "num_layers": 3,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "time_embed_dim": 32,
+            "condition_dim": 16,
+        },
         vae={"latent_channels": 16, "block_out_channels": [8, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 4},
         glyph={"d_model": 48, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 3},
     ),
@@ -195,7 +231,13 @@ VARIANTS: Mapping[str, Variant] = {
         rope={"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]},
         vision={"hidden_size": 24, "intermediate_size": 40, "depth": 2, "num_heads": 3, "image_size": 64},
         vq_embed_dim=32,
-        dit={"num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 16, "time_embed_dim": 24, "condition_dim": 8},
+        dit={
+            "num_layers": 2,
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "time_embed_dim": 24,
+            "condition_dim": 8,
+        },
         vae={"latent_channels": 4, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 8},
         glyph={"d_model": 20, "d_kv": 4, "d_ff": 36, "num_heads": 3, "num_layers": 2},
     ),
@@ -213,7 +255,13 @@ VARIANTS: Mapping[str, Variant] = {
         rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]},
         vision={"hidden_size": 64, "intermediate_size": 96, "depth": 2, "num_heads": 4, "image_size": 256},
         vq_embed_dim=64,
-        dit={"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "time_embed_dim": 64, "condition_dim": 32},
+        dit={
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "time_embed_dim": 64,
+            "condition_dim": 32,
+        },
         vae={"latent_channels": 4, "block_out_channels": [8, 16, 16, 32], "layers_per_block": 2, "norm_num_groups": 8},
         glyph={"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 2, "num_layers": 2},
     ),
@@ -231,16 +279,29 @@ VARIANTS: Mapping[str, Variant] = {
             "rms_norm_eps": 1e-3,
         },
         rope={"partial_rotary_factor": 1.0, "mrope_section": [2, 3, 3], "rope_theta": 500.0},
-        vision={"hidden_size": 48, "intermediate_size": 80, "depth": 1, "num_heads": 3, "image_size": 96, "attention_bias": False},
+        vision={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "depth": 1,
+            "num_heads": 3,
+            "image_size": 96,
+            "attention_bias": False,
+        },
         vq_embed_dim=40,
-        dit={"num_layers": 5, "num_attention_heads": 4, "attention_head_dim": 24, "time_embed_dim": 48, "condition_dim": 20},
+        dit={
+            "num_layers": 5,
+            "num_attention_heads": 4,
+            "attention_head_dim": 24,
+            "time_embed_dim": 48,
+            "condition_dim": 20,
+        },
         vae={"latent_channels": 8, "block_out_channels": [12, 12, 24, 36], "layers_per_block": 3, "norm_num_groups": 6},
         glyph={
             "d_model": 40,
             "d_kv": 8,
             "d_ff": 56,
             "num_heads": 5,
-            "num_layers": 1,
+            "num_layers": 2,
             "relative_attention_num_buckets": 16,
             "relative_attention_max_distance": 48,
         },
@@ -260,24 +321,23 @@ def write_official(
 ) -> Path:
     """Write a tiny checkpoint in the official layout into `folder`, made if needed, and return it.
 
-    `dtype` is that of the weights, except the text encoder's, which are float32 as in the official checkpoint. `sharded`
-    splits `transformer` into 3 and `vision_language_encoder` into 4 files, as officially; else each is one file.
-    `nested_processor` writes `processor/processor_config.json`, as newer transformers do, in place of
-    `preprocessor_config.json`. `tempting_markers` makes the decoder prefer the ids above the codebook (the end of an image
-    among them) at every position; by default it never draws them, so that the stock pipeline, which would stop or fail there,
-    can run. The codes' own logits are the same either way. The same arguments give the same bytes, and torch's global
-    generator is left as it was.
+    `dtype` is that of the weights, except the text encoder's, which are float32 as in the official checkpoint.
+    `sharded` splits `transformer` into 3 and `vision_language_encoder` into 4 files, as officially; else each is one
+    file. `nested_processor` writes `processor/processor_config.json`, as newer transformers do, in place of
+    `preprocessor_config.json`. `tempting_markers` makes the decoder prefer the ids above the codebook (the end of an
+    image among them) at every position; by default it never draws them, so that the stock pipeline, which would stop or
+    fail there, can run. The codes' own logits are the same either way. The same arguments give the same bytes, and
+    torch's global generator is left as it was.
     """
     sizes = VARIANTS[variant]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = text_tokenizer(sizes)
-    draws = (randomly(seed * 10 + i) for i in range(4))
     with torch.random.fork_rng(devices=[]):
-        glyph = next(draws)(_glyph_encoder(sizes))
-        vision_language = next(draws)(_vision_language_encoder(sizes, tokenizer))
-        transformer = next(draws)(_transformer(sizes))
-        vae = next(draws)(_vae(sizes))
+        glyph, transformer, vae = _glyph_encoder(sizes), _transformer(sizes), _vae(sizes)
+        vision_language = _vision_language_encoder(sizes, tokenizer)
+    for i, module in enumerate((glyph, vision_language, transformer, vae)):
+        redraw_parameters(module, seed * 10 + i)
     _enliven_decoder(vision_language, sizes)
     _settle_markers(vision_language, sizes, _MARKER_PULL if tempting_markers else -_MARKER_PULL)
     _keep_in_range(vae)
@@ -301,53 +361,32 @@ def write_official(
     return folder
 
 
-MODEL_INDEX: Mapping[str, Any] = {
-    "_class_name": "GlmImagePipeline",
-    "_diffusers_version": "0.37.0.dev0",
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "tokenizer": ["transformers", "ByT5Tokenizer"],
-    "processor": ["transformers", "GlmImageProcessor"],
-    "transformer": ["diffusers", "GlmImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+@torch.no_grad()
+def redraw_parameters(module: nn.Module, seed: int) -> None:
+    """Redraw every parameter of a module in place, so that each of them matters to the output.
 
-
-def randomly(seed: int) -> Callable[[nn.Module], nn.Module]:
-    """A function that redraws every parameter of a module, so that each of them matters to the output.
-
-    Matrices and convolutions keep the scale of their input, embeddings are standard normal, norms scatter about one, biases
-    about zero. The order of a module's parameters and `seed` decide the values.
+    Matrices and convolutions keep the scale of their input, embeddings are standard normal, norms scatter about one,
+    biases about zero. The order of a module's parameters and `seed` decide the values.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(parameter: torch.Tensor, mean: float, deviation: float) -> None:
-        parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
-
-    @torch.no_grad()
-    def redraw(module: nn.Module) -> nn.Module:
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                if name == "bias":
-                    normal(parameter, 0.0, 0.2)
-                elif parameter.ndim == 1:
-                    normal(parameter, 1.0, 0.25)
-                elif isinstance(part, nn.Embedding):
-                    normal(parameter, 0.0, 1.0)
-                else:
-                    normal(parameter, 0.0, 1.0 / math.sqrt(parameter[0].numel()))
-        return module.eval()
-
-    return redraw
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            mean, deviation = 0.0, 1.0
+            if name == "bias":
+                deviation = 0.2
+            elif parameter.ndim == 1:
+                mean, deviation = 1.0, 0.25
+            elif not isinstance(part, nn.Embedding):
+                deviation = 1.0 / math.sqrt(parameter[0].numel())
+            parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
 def _enliven_decoder(model: GlmImageForConditionalGeneration, sizes: Variant) -> None:
     """Make drafts hang on the whole context and repeat themselves less.
 
-    At random, attention averages over all it sees, and a greedy draft soon writes one code for ever: sharpen the scores, and
-    let each code speak a little against itself.
+    At random, attention averages over all it sees, and a greedy draft soon writes one code for ever: sharpen the
+    scores, and let each code speak a little against itself.
     """
     decoder = model.model.language_model
     for layer in decoder.layers:
@@ -360,7 +399,7 @@ def _enliven_decoder(model: GlmImageForConditionalGeneration, sizes: Variant) ->
 
 @torch.no_grad()
 def _settle_markers(model: GlmImageForConditionalGeneration, sizes: Variant, pull: float) -> None:
-    """Keep feature 0 of the stream near one value, and let the rows of the head above the codebook read it with weight `pull`.
+    """Keep feature 0 of the stream near one value; the head's rows above the codebook read it with weight `pull`.
 
     A trained decoder does not draw a marker inside a grid; with random rows it would, every few tokens.
     """
@@ -401,9 +440,11 @@ def source_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """
     generator = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width] / 64.0
-    waves = generator.uniform(-3.0, 3.0, (3, 4, 3))  # colour, wave, (row frequency, column frequency, phase)
-    picture = sum(np.sin(waves[:, i, 0, None, None] * rows + waves[:, i, 1, None, None] * columns + 2 * waves[:, i, 2, None, None]) for i in range(4))
-    return Image.fromarray(np.uint8(np.clip(127.5 + 60.0 * np.moveaxis(picture, 0, -1), 0, 255)))
+    colours = np.zeros((height, width, 3))
+    for _ in range(4):
+        down, across, phase = generator.uniform(-3.0, 3.0, (3, 3))
+        colours += np.sin(rows[..., None] * down + columns[..., None] * across + 2.0 * phase)
+    return Image.fromarray(np.uint8(np.clip(127.5 + 60.0 * colours, 0, 255)))
 
 
 def image_token(index: int) -> str:
@@ -414,8 +455,8 @@ def image_token(index: int) -> str:
 def text_tokenizer(sizes: Variant) -> Tokenizer:
     """A byte-level BPE tokenizer whose ids run as officially: image codes and markers, text, control tokens.
 
-    Image codes are added tokens that are *not* special, the markers and control tokens are special: code that keeps only
-    special tokens out of a user's text is caught by the former.
+    Image codes are added tokens that are *not* special, the markers and control tokens are special: code that keeps
+    only special tokens out of a user's text is caught by the former.
     """
     trained = _train_bpe()
     image_tokens = [image_token(i) for i in range(sizes.vision_vocab_size)]
@@ -607,25 +648,6 @@ def _write_processor(folder: Path, sizes: Variant, tokenizer: Tokenizer, nested:
         _write_json(folder / "processor_config.json", nested_config)
     else:
         _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
-
-
-# Sources from 64 to 256 pixels a side are taken as they are; the official range is 512 to 2048.
-PREPROCESSOR: Mapping[str, Any] = {
-    "min_pixels": 64 * 64,
-    "max_pixels": 256 * 256,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "patch_size": 16,
-    "temporal_patch_size": 1,
-    "merge_size": 1,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "image_processor_type": "GlmImageImageProcessor",
-    "processor_class": "GlmImageProcessor",
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-}
 
 
 def _write_byte_tokenizer(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""From what a user typed to a folder: a local one as it is; for a hub id, the hub's own cache, once the files are there.
+"""From what a user typed to a folder: a local one as it is, or a hub id, fetched into the hub's own cache.
 
-Only files that a GLM-Image checkpoint is made of are fetched, so a repository cannot bring code or pickles along. Before
-the first byte the size is told and the disk is checked. A model that was fetched once is found without a network.
+Only files that a GLM-Image checkpoint is made of are fetched, so a repository cannot bring code or pickles along.
+Before the first byte the size is told and the disk is checked. A model that was fetched once is found again without a
+network.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ def readable_size(size_bytes: int) -> str:
 
 
 def require_free(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise `InputError`, with both numbers, unless the disk that `folder` is or will be on has room for
-    `needed_bytes`.
-    """
+    """Raise `InputError`, with both numbers, unless `needed_bytes` are free where `folder` is or will be."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
@@ -124,8 +123,9 @@ def _find(model: str | Path, revision: str | None, cache_dir: Path | None) -> Pa
         refusal = _refusal(name, revision, error)
         if isinstance(refusal, InputError):
             raise refusal from error
+        patterns = [*_ROOT_FILES, *(f"{part}/*" for part in _FOLDERS)]
         try:
-            return _snapshot(name, revision, cache, [f"{folder}/*" for folder in _FOLDERS], cached_only=True)
+            return _snapshot(name, revision, cache, patterns, cached_only=True)
         except QruntimeError:
             raise refusal from error
     repository = cache / f"models--{name.replace('/', '--')}"

@@ -1,9 +1,10 @@
 """Laying blocks out in safetensors files, so that each is one aligned run of bytes.
 
-`safetensors.save_file` sorts tensors by dtype and allows no gap between them; both would tear blocks apart. So the header is
-written here: tensors in the order of their blocks, every gap declared as a U8 tensor named `__pad...`, which any safetensors
-reader opens and none looks for. All of it (file names, headers, offsets) follows from the layouts alone and is known before
-the first weight is read: that is what lets a conversion check the disk beforehand, and go on after it was killed.
+`safetensors.save_file` sorts tensors by dtype and allows no gap between them; both would tear blocks apart. So the
+header is written here: tensors in the order of their blocks, every gap declared as a U8 tensor named `__pad...`,
+which any safetensors reader opens and none looks for. All of it (file names, headers, offsets) follows from the
+layouts alone and is known before the first weight is read: that is what lets a conversion check the disk beforehand,
+and go on after it was killed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PlacedBlock:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be: `name` in its component's folder, the bytes before the data, the length of the whole, its blocks."""
+    """One file to be: `name` in its component's folder, the bytes before the data, the length of it all, its blocks."""
 
     name: str
     header: bytes
@@ -83,7 +84,7 @@ def _header(blocks: list[tuple[BlockSpec, Layout, int]]) -> bytes:
 
 
 def open_shard(folder: Path, shard: Shard) -> BinaryIO:
-    """The shard's file, open for writing blocks: header and length in place, what was written before kept, gaps zero."""
+    """The shard's file, open for writing blocks: header and length in place, earlier blocks kept, gaps zero."""
     path = folder / shard.name
     file = path.open("r+b" if path.exists() else "w+b")
     file.write(shard.header)
@@ -93,7 +94,7 @@ def open_shard(folder: Path, shard: Shard) -> BinaryIO:
 
 def byte_view(values: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_at(file: BinaryIO, offset: int, values: Tensor) -> None:

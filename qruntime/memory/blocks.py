@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Component
-from ..device import CopyQueue, pinned_empty
+from ..device import CopyQueue, kind, pinned_empty
 from ..errors import CheckpointError
 from ..models.spec import BlockSpec, Layout, block_layout
 from ..models.weights import DTYPE_NAMES, Weights
@@ -81,7 +81,7 @@ class Loader:
 
     def _copy_run(self, target: Tensor, run: Tensor) -> None:
         """Mapped file bytes to the device; on CUDA through page-locked memory, so that the copy runs beside the compute."""
-        if self.device.type != "cuda":
+        if kind(self.device) != "cuda":
             target.copy_(run)
             return
         if not self._staging or self._staging[0].buffer.numel() < run.numel():

@@ -125,12 +125,9 @@ def plan(
 ) -> Plan:
     """The first plan whose predicted peak is within the budget; without a budget, `swapped`.
 
-    `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is planned
-    with sources of its own size. Raises `MemoryBudgetError` with the number that is missing.
+    Raises `MemoryBudgetError` with the number that is missing.
     """
-    sizes = Sizes.of(checkpoint, dtype_name)
-    sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
-    plans = [Plan(mode, _phases(checkpoint, sizes, request, sides, mode), overhead_bytes) for mode in MODES]
+    plans = every_plan(checkpoint, dtype_name, request, overhead_bytes=overhead_bytes, source_sides=source_sides)
     if budget_bytes is None:
         return plans[MODES.index("swapped")]
     for candidate in plans:
@@ -143,6 +140,24 @@ def plan(
         f"and {budget_bytes / GB:.2f} GB are allowed",
         "draw a smaller picture, use the small recipe, or raise --vram",
     )
+
+
+def every_plan(
+    checkpoint: Checkpoint,
+    dtype_name: str,
+    request: GenerateRequest,
+    *,
+    overhead_bytes: int = 0,
+    source_sides: Sequence[tuple[int, int]] = (),
+) -> list[Plan]:
+    """The plans of a request, most memory first.
+
+    `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is planned
+    with sources of its own size.
+    """
+    sizes = Sizes.of(checkpoint, dtype_name)
+    sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
+    return [Plan(mode, _phases(checkpoint, sizes, request, sides, mode), overhead_bytes) for mode in MODES]
 
 
 def _phases(

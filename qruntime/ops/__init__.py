@@ -6,6 +6,7 @@ holds torch's own int4 products. Callers import from here.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import device as devices
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "dequantize_int4",
     "dequantize_int8",
+    "kernels",
     "linear_int4",
     "linear_int8",
     "rms_norm",
@@ -37,3 +39,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         rows = slice(start, start + MPS_QUERY_CHUNK)
         output[:, rows] = _attention(query[:, rows], key, value, None if mask is None else mask[rows])
     return output
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which implementation of each quantised product `device` gets, in words."""
+    form = torch_int4.form(device, dtype, 4096, 4096, 64)
+    return {
+        "int4": "plain torch, dequantised a matrix at a time" if form == torch_int4.STORED else f"torch's own ({form})",
+        "int8": "plain torch, dequantised a matrix at a time",
+    }

@@ -1,0 +1,1 @@
+"""Measurements of the runtime; not part of the installed package."""

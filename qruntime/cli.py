@@ -1,0 +1,322 @@
+"""The one command, `qruntime`: generate, convert, plan, info, doctor, demo.
+
+Arguments become a `GenerateRequest` or a call of the converter; nothing is decided here. Results go to stdout and everything else to
+stderr; with `--json`, stdout holds one event a line and the result last. Exit codes: 0 done, 1 failed while running, 2 wrong
+input. Torch is imported only by the commands that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import InputError, QruntimeError
+from .request import GenerateRequest
+
+if TYPE_CHECKING:
+    from .events import Progress
+    from .pipeline import GlmImagePipeline
+
+GB = 10**9
+HUB_ID = "zai-org/GLM-Image"
+_DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
+
+
+class Reporter:
+    """Where a command's words go: events and the result as JSON lines on stdout, or text for people."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._progress_width = 0
+
+    def event(self, kind: str, text: str = "", **fields: Any) -> None:
+        """Something worth a line: `text` for people, `fields` for programs."""
+        if self._as_json:
+            print(json.dumps({"event": kind, **fields, **({"text": text} if text else {})}), flush=True)
+        elif text:
+            self._end_progress()
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, text: str, **fields: Any) -> None:
+        """The command's answer, on stdout."""
+        self._end_progress()
+        print(json.dumps({"event": "result", **fields}) if self._as_json else text, flush=True)
+
+    def error(self, error: QruntimeError) -> None:
+        self._end_progress()
+        if self._as_json:
+            print(json.dumps({"event": "error", "message": error.message, "tip": error.tip}), flush=True)
+        print(f"qruntime: {' '.join(str(error).split())}", file=sys.stderr)
+
+    def progress(self, report: Progress) -> None:
+        """One line that is written over: stage, count, seconds left."""
+        if self._as_json:
+            fields = {"stage": report.stage, "done": report.done, "total": report.total}
+            print(json.dumps({"event": "progress", **fields, "elapsed_s": report.elapsed_s, "eta_s": report.eta_s}), flush=True)
+        elif sys.stderr.isatty():
+            eta = "" if report.eta_s is None else f", {report.eta_s:.0f} s left"
+            line = f"{report.stage} {report.done}/{report.total}{eta}"
+            print(f"\r{line:<{self._progress_width}}", end="", file=sys.stderr, flush=True)
+            self._progress_width = len(line)
+
+    def _end_progress(self) -> None:
+        if self._progress_width:
+            print(f"\r{'':<{self._progress_width}}\r", end="", file=sys.stderr, flush=True)
+            self._progress_width = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has said why; 0 after --help
+        return int(stop.code or 0)
+    reporter = Reporter(getattr(args, "json", False))
+    try:
+        return int(args.run(args, reporter))
+    except QruntimeError as error:
+        reporter.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        reporter.error(QruntimeError("stopped by the user", "nothing was written"))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qruntime.convert import __main__ as converter
+
+    parser = argparse.ArgumentParser(prog="qruntime", description="GLM-Image, quantised, on the machine you have.")
+    parser.add_argument("--version", action="version", version=f"qruntime {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="draw or edit a picture")
+    generate.add_argument("prompt", help='what to draw; words in "quotes" are written in the picture')
+    generate.add_argument("--model", required=True, metavar="DIR", help="a converted or official folder, or a hub id")
+    generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="default out.png; never overwritten")
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a source picture to edit; may be repeated")
+    _add_size(generate)
+    generate.add_argument("--steps", type=int, default=_DEFAULTS["num_inference_steps"], metavar="N", help="default %(default)s")
+    generate.add_argument("--guidance", type=float, default=_DEFAULTS["guidance_scale"], metavar="G", help="default %(default)s")
+    generate.add_argument("--seed", type=int, metavar="N", help="default: a new one, which is printed")
+    generate.add_argument("-n", type=int, default=1, metavar="N", help="number of pictures; picture i uses seed + i")
+    generate.add_argument("--temperature", type=float, default=_DEFAULTS["temperature"], metavar="T", help="of the draft; 0 is greedy")
+    generate.add_argument("--top-p", type=float, default=_DEFAULTS["top_p"], metavar="P", help="of the draft, default %(default)s")
+    _add_memory(generate)
+    _add_json(generate)
+    generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="turn the official checkpoint into a quantised one")
+    converter.add_arguments(convert)
+    convert.set_defaults(run=_convert)
+
+    plan = commands.add_parser("plan", help="what a folder needs of a device, without one")
+    plan.add_argument("--model", required=True, metavar="DIR")
+    _add_size(plan)
+    plan.add_argument("--sources", type=int, default=0, metavar="N", help="number of source pictures of the same size")
+    plan.add_argument("--vram", default="auto", metavar="GB", help="a budget to plan for")
+    _add_json(plan)
+    plan.set_defaults(run=_plan)
+
+    info = commands.add_parser("info", help="what a picture or a folder says of itself")
+    info.add_argument("path", metavar="FILE.png|DIR")
+    _add_json(info)
+    info.set_defaults(run=_info)
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and which kernels will be used")
+    _add_json(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="convert and draw with a tiny model, nothing downloaded")
+    demo.add_argument("prompt", nargs="?", default='a poster that says "HELLO"')
+    _add_json(demo)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="1024x1024", metavar="WxH", help="multiples of 32, default %(default)s")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vram", default="auto", metavar="auto|GB", help="device memory to stay within, in 10^9 bytes")
+    parser.add_argument("--device", default="auto", metavar="auto|cuda[:N]|mps|cpu")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one event a line on stdout, the result last")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """`WxH` as (width, height)."""
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise InputError(f"size {text!r:.40} is not WIDTHxHEIGHT", "use for example 1024x1024")
+    return int(width), int(height)
+
+
+def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
+    from .media import check_output, save_png
+
+    width, height = _size(args.size)
+    request = GenerateRequest(
+        prompt=args.prompt,
+        images=tuple(args.image),
+        height=height,
+        width=width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        num_images_per_prompt=args.n,
+        seed=args.seed,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    output = check_output(args.output)
+    pipe = _open_pipeline(args.model, args.device, args.vram, reporter)
+    began = time.monotonic()
+    out = pipe.generate(request, progress=reporter.progress)
+    seconds = time.monotonic() - began
+    files = []
+    for index, picture in enumerate(out.images):
+        metadata = {**request.settings(index), "model": pipe.checkpoint.path.name, "version": __version__}
+        files.append(str(save_png(picture, output, metadata)))
+    stages = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in out.stats["stages"].items())
+    reporter.event("stats", f"seed {out.seed}, {seconds:.1f} s ({stages})", **out.stats)
+    reporter.result("\n".join(files), files=files, seed=out.seed, seconds=seconds, stats=out.stats)
+    return 0
+
+
+def _open_pipeline(model: str | Path, device: str, vram: str, reporter: Reporter) -> GlmImagePipeline:
+    """A pipeline that owns this process: a budget in gigabytes caps the allocator too."""
+    from . import device as devices
+    from .pipeline import GlmImagePipeline
+
+    pipe = GlmImagePipeline.from_pretrained(
+        model, device=device, vram=vram, announce=lambda text: reporter.event("download", text)
+    )
+    if pipe.vram_bytes is not None:
+        devices.cap_memory(pipe.device, pipe.vram_bytes)
+    name = str(pipe.dtype).removeprefix("torch.")
+    where = devices.device_name(pipe.device)
+    reporter.event("device", f"{where}, {name}, recipe {pipe.checkpoint.recipe}", device=str(pipe.device), dtype=name)
+    return pipe
+
+
+def _convert(args: argparse.Namespace, reporter: Reporter) -> int:
+    from qruntime.convert import __main__ as converter
+
+    return converter.run(args)
+
+
+def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
+    from .checkpoint.reader import Checkpoint
+    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan
+    from .pipeline import vram_bytes
+
+    width, height = _size(args.size)
+    sources = ("source",) * args.sources
+    request = GenerateRequest(prompt="", images=sources, height=height, width=width)
+    checkpoint = Checkpoint.open(args.model)
+    budget = vram_bytes(args.vram)
+    plans = every_plan(checkpoint, "BF16", request, overhead_bytes=CUDA_CONTEXT_BYTES)
+    fitting = [plan.mode for plan in plans if budget is None or plan.peak_bytes <= budget]
+    lines = [f"{args.model}: recipe {checkpoint.recipe}, {width}x{height}, bf16 on CUDA, gigabytes of 10^9 bytes", ""]
+    lines.append(f"{'phase':<16}" + "".join(f"{plan.mode:>22}" for plan in plans))
+    lines.append(f"{'':<16}" + f"{'weights + working':>22}" * len(plans))
+    for phases in zip(*(plan.phases for plan in plans), strict=True):
+        cells = [f"{p.weights_bytes / GB:.2f} + {p.working_bytes / GB:.2f}" for p in phases]
+        lines.append(f"{phases[0].name:<16}" + "".join(f"{cell:>22}" for cell in cells))
+    lines.append(f"{'process peak':<16}" + "".join(f"{plan.peak_bytes / GB:>22.2f}" for plan in plans))
+    if budget is not None:
+        chosen = fitting[0] if fitting else f"none: {min(p.peak_bytes for p in plans) / GB:.2f} GB are needed"
+        lines += ["", f"--vram {budget / GB:g}: {chosen}"]
+    peaks = {plan.mode: plan.peak_bytes for plan in plans}
+    reporter.result("\n".join(lines), peak_bytes=peaks, modes=list(MODES), chosen=fitting[0] if fitting else None)
+    return 0 if fitting else InputError.exit_code
+
+
+def _info(args: argparse.Namespace, reporter: Reporter) -> int:
+    path = Path(args.path)
+    if path.is_dir():
+        return _info_folder(path, reporter)
+    from .media import read_metadata
+
+    found = read_metadata(path)
+    text = json.dumps(found["qruntime"], indent=1, ensure_ascii=False) if "qruntime" in found else found["parameters"]
+    reporter.result(text, **found)
+    return 0
+
+
+def _info_folder(path: Path, reporter: Reporter) -> int:
+    """Sizes of a checkpoint's parts; a converted folder is checked against its manifest, byte by byte."""
+    from .checkpoint.manifest import verify_files
+    from .checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    problems = verify_files(path) if checkpoint.converted else []
+    sizes = {name: sum(t.end - t.start for t in part.tensors.values()) for name, part in checkpoint.components.items()}
+    kind = f"converted, recipe {checkpoint.recipe}" if checkpoint.converted else "official, not converted"
+    lines = [f"{path}: {kind}"] + [f"{name:<26}{size / GB:9.3f} GB" for name, size in sizes.items()]
+    lines.append(f"{'all':<26}{sum(sizes.values()) / GB:9.3f} GB")
+    lines += problems or (["every file is as the manifest says"] if checkpoint.converted else [])
+    reporter.result("\n".join(lines), recipe=checkpoint.recipe, bytes=sizes, problems=problems)
+    return InputError.exit_code if problems else 0
+
+
+def _doctor(args: argparse.Namespace, reporter: Reporter) -> int:
+    from . import device as devices
+    from .ops import kernels
+
+    findings = devices.examine()
+    device = devices.resolve_device("auto")
+    chosen = {"device": str(device), "dtype": str(devices.resolve_dtype(None, device)).removeprefix("torch.")}
+    chosen |= kernels(device, devices.resolve_dtype(None, device))
+    lines = [f"{f.subject:<8}{f.found}" + (f"\n{'':<8}-> {f.advice}" if f.advice else "") for f in findings]
+    lines += ["", "will be used:"] + [f"  {name:<12}{what}" for name, what in chosen.items()]
+    found = [{"subject": f.subject, "found": f.found, "advice": f.advice} for f in findings]
+    reporter.result("\n".join(lines), findings=found, used=chosen)
+    return 0
+
+
+def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
+    """Make a tiny checkpoint, convert it and draw from both: everything the real model goes through, in seconds."""
+    from qruntime.convert.run import convert
+
+    from .checkpoint.synthetic import write_random
+    from .media import save_png
+    from .pipeline import GlmImagePipeline
+
+    request = GenerateRequest(prompt=args.prompt, height=256, width=256, num_inference_steps=10, seed=0)
+    files: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        official, converted = Path(folder, "official"), Path(folder, "balanced")
+        write_random(official, full_size=False)
+        convert(official, converted)
+        for name, source in (("bf16", official), ("balanced", converted)):
+            pipe = GlmImagePipeline.from_pretrained(source)
+            began = time.monotonic()
+            out = pipe.generate(request, progress=reporter.progress)
+            seconds[name] = time.monotonic() - began
+            files[name] = str(save_png(out.images[0], f"demo-{name}.png", {**request.settings(), "version": __version__}))
+        sizes = {name: _folder_bytes(path) for name, path in (("bf16", official), ("balanced", converted))}
+    lines = [f"{name:<10}{sizes[name] / 10**6:7.2f} MB {seconds[name]:6.1f} s  {files[name]}" for name in files]
+    lines += [
+        "",
+        "This tiny model has random weights: it runs the whole way and draws noise. The real one:",
+        f"  qruntime convert {HUB_ID} glm-image-balanced      (downloads 35.8 GB, writes about 16 GB)",
+        f"  qruntime generate {args.prompt!r} --model glm-image-balanced",
+    ]
+    reporter.result("\n".join(lines), files=files, seconds=seconds, bytes=sizes)
+    return 0
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
