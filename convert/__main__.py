@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from .staging import partial_folder
 
     out = Path(os.path.abspath(args.out))
-    show: Callable[[Progress], None] = _print_event if args.json else _Meter(sys.stderr.isatty())
+    show: Callable[[Progress], None] = _print_event if args.json else Meter(sys.stderr.isatty())
     try:
         result = convert(
             args.source,
@@ -80,7 +80,7 @@ def _print_result(result: ConversionResult, *, as_json: bool) -> None:
     print(f"wrote {result.path}")
 
 
-class _Meter:
+class Meter:
     """Progress on stderr: one line that is overwritten on a terminal, else a line a block."""
 
     def __init__(self, terminal: bool) -> None:

@@ -52,9 +52,10 @@ def summary(report: Report) -> str:
     for name, *cells in rows:
         right = [cell.rjust(max(widths)) for cell, widths in zip(cells, others, strict=True)]
         lines.append("  ".join([name.ljust(max(first)), *right]))
-    tensors = [(name, entry) for entries in report["tensors"].values() for name, entry in entries.items()]
+    tensors = [named for entries in report["tensors"].values() for named in entries.items() if named[1]["relative_error"]]
     tensors.sort(key=lambda named: named[1]["relative_error"], reverse=True)
-    lines.append("largest errors:")
+    if tensors:
+        lines.append("largest errors:")
     for name, entry in tensors[:_WORST]:
         lines.append(f"  {entry['relative_error']:.4f}  {name} ({_scheme(entry['scheme'])})")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -75,10 +75,10 @@ class ComponentPlan:
     shards: tuple[Shard, ...]
 
 
-def plan_components(checkpoint: Checkpoint, recipe: Recipe) -> list[ComponentPlan]:
+def plan_components(components: Iterable[Component], recipe: Recipe) -> list[ComponentPlan]:
     """Where every tensor of the output will lie."""
     plans = []
-    for component in checkpoint.components.values():
+    for component in components:
         schemes = recipe.scheme_map(component.name, component.specs.values())
         plain = recipe.plain_dtype or component.plain_dtype
         layouts = [(spec, block_layout(spec, schemes, plain)) for spec in component.specs.values()]
@@ -153,7 +153,7 @@ class _Conversion:
         self._recipe = recipe
         self._device = device
         self._progress = progress
-        self._plans = plan_components(checkpoint, recipe)
+        self._plans = plan_components(checkpoint.components.values(), recipe)
         self._carried = dict(_carried_files(checkpoint.path))
         self._environment = {"torch": torch.__version__, "device": f"{device.type}: {devices.device_name(device)}"}
 

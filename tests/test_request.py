@@ -233,4 +233,5 @@ def test_settings_name_files_without_their_folders() -> None:
 
 def test_it_needs_no_torch_and_no_pillow() -> None:
     code = "import sys, qruntime.request; sys.exit(bool({'torch', 'PIL', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

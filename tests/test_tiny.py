@@ -16,10 +16,11 @@ pytest.importorskip("transformers", reason="the extra `reference` is not install
 pytest.importorskip("diffusers", reason="the extra `reference` is not installed")
 
 import torch
-from diffusers import GlmImagePipeline
+from diffusers import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
 
 from .oracle import (
     draft_grids,
@@ -120,6 +121,28 @@ def test_configs_hold_the_official_keys(official: Folders, variant: str) -> None
     ):
         assert set(full_config(part)) <= set(read(name)), part
     assert full_config("scheduler").items() <= read("scheduler/scheduler_config.json").items()
+
+
+def test_full_configs_make_models_of_the_published_size() -> None:
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    decoder_config = full_config("vision_language_encoder")
+    parts = ("text_config", "vision_config", "vq_config")
+    with torch.device("meta"):
+        model = GlmImageForConditionalGeneration(GlmImageConfig(**{part: decoder_config[part] for part in parts}))
+        transformer = GlmImageTransformer2DModel.from_config(full_config("transformer"))
+        vae = AutoencoderKL.from_config(full_config("vae"))
+        glyph = T5EncoderModel(T5Config(**full_config("text_encoder")))
+    assert count(model.model.language_model.layers) == 8_158_760_960
+    assert count(model.model.language_model.embed_tokens) == 688_390_144
+    assert count(model.lm_head) == 67_633_152
+    assert count(model.model.visual) == 1_159_607_808
+    assert count(model.model.vqmodel) == 39_849_472
+    assert count(transformer.transformer_blocks) == 6_797_352_960
+    assert count(transformer.prior_token_embedding) == 67_108_864
+    assert (count(vae.encoder), count(vae.decoder)) == (172_443_808, 233_656_835)
+    assert count(glyph) == 217_657_472
 
 
 @variants

@@ -36,7 +36,7 @@ class Fields:
         return self._values.get(key) is not None
 
     def section(self, key: str) -> Fields:
-        return Fields(f"{self._where}: {key}", self._values.get(key, {}))
+        return Fields(f"{self._where}: {key}", self._values[key] if self.has(key) else {})
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self._values.get(key)
@@ -84,7 +84,7 @@ class Fields:
 
     def mapping(self, key: str, most: int) -> dict[str, object]:
         """A JSON object of at most `most` entries, whose values the caller checks."""
-        value = self._values.get(key, {})
+        value = self._values[key] if self.has(key) else {}
         if not isinstance(value, Mapping) or len(value) > most:
             raise self._refuse(key, f"an object of at most {most} entries")
         return dict(value)
@@ -93,7 +93,7 @@ class Fields:
         """Refuse a setting that would change the arithmetic; `default` is what a missing key means."""
         value = self._values.get(key)
         value = default if value is None else value
-        if value != allowed:
+        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):  # to Python, 1 equals True
             raise self._refuse(key, f"{allowed!r}, the only one supported")
 
     def require(self, condition: bool, complaint: str) -> None:
@@ -344,7 +344,7 @@ class GlyphConfig:
     def from_json(config: object) -> GlyphConfig:
         fields = Fields("text_encoder/config.json", config)
         fields.must_be("feed_forward_proj", "gated-gelu")
-        return GlyphConfig(
+        found = GlyphConfig(
             vocab_size=fields.integer("vocab_size", 259, MAX_VOCABULARY),
             d_model=fields.integer("d_model", 1, MAX_WIDTH),
             d_ff=fields.integer("d_ff", 1, 2 * MAX_WIDTH),
@@ -355,6 +355,12 @@ class GlyphConfig:
             max_distance=fields.integer("relative_attention_max_distance", 4, 2**16, 128),
             eps=fields.number("layer_norm_epsilon", 0.0, 1.0, 1e-6),
         )
+        exact = found.num_buckets // 4
+        fields.require(
+            found.max_distance > exact,
+            f"relative_attention_max_distance is {found.max_distance}, not over the {exact} that have buckets of their own",
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -374,12 +380,14 @@ class SchedulerConfig:
         for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"):
             fields.must_be(key, False, False)
         fields.must_be("shift_terminal", None)
-        return SchedulerConfig(
+        found = SchedulerConfig(
             num_train_timesteps=fields.integer("num_train_timesteps", 1, 10**6, 1000),
             base_shift=fields.number("base_shift", 0.0, 100.0, 0.25),
             max_shift=fields.number("max_shift", 0.0, 100.0, 0.75),
             base_image_seq_len=fields.integer("base_image_seq_len", 1, 2**20, 256),
         )
+        fields.require(found.base_shift + found.max_shift > 0, "base_shift and max_shift are both zero")
+        return found
 
 
 @dataclass(frozen=True)
