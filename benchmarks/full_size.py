@@ -2,8 +2,8 @@
 
     python -m benchmarks.full_size FOLDER --recipe balanced --out benchmarks/results/NAME.json
 
-FOLDER needs room for the official layout (35.4 GB) and one converted folder (16 to 18 GB). A checkpoint that is already there is
-used again. Random weights tell nothing about pictures, and everything about bytes and time.
+FOLDER needs room for the official layout (35.4 GB) and one converted folder (16 to 18 GB). A checkpoint that is already
+there is used again. Random weights tell nothing about pictures, and everything about bytes and time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one command, `qruntime`: generate, convert, plan, info, doctor, demo.
 
-Arguments become a `GenerateRequest` or a call of the converter; nothing is decided here. Results go to stdout and everything else to
-stderr; with `--json`, stdout holds one event a line and the result last. Exit codes: 0 done, 1 failed while running, 2 wrong
-input. Torch is imported only by the commands that need it.
+Arguments become a `GenerateRequest` or a call of the converter; nothing is decided here. Results go to stdout and
+everything else to stderr; with `--json`, stdout holds one event a line and the result last. Exit codes: 0 done, 1
+failed while running, 2 wrong input. Torch is imported only by the commands that need it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Reporter:
         """One line that is written over: stage, count, seconds left."""
         if self._as_json:
             fields = {"stage": report.stage, "done": report.done, "total": report.total}
-            print(json.dumps({"event": "progress", **fields, "elapsed_s": report.elapsed_s, "eta_s": report.eta_s}), flush=True)
+            print(
+                json.dumps({"event": "progress", **fields, "elapsed_s": report.elapsed_s, "eta_s": report.eta_s}),
+                flush=True,
+            )
         elif sys.stderr.isatty():
             eta = "" if report.eta_s is None else f", {report.eta_s:.0f} s left"
             line = f"{report.stage} {report.done}/{report.total}{eta}"
@@ -100,15 +103,27 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw or edit a picture")
     generate.add_argument("prompt", help='what to draw; words in "quotes" are written in the picture')
     generate.add_argument("--model", required=True, metavar="DIR", help="a converted or official folder, or a hub id")
-    generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help="default out.png; never overwritten")
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a source picture to edit; may be repeated")
+    generate.add_argument(
+        "-o", "--output", default="out.png", metavar="FILE", help="default out.png; never overwritten"
+    )
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a source picture to edit; may be repeated"
+    )
     _add_size(generate)
-    generate.add_argument("--steps", type=int, default=_DEFAULTS["num_inference_steps"], metavar="N", help="default %(default)s")
-    generate.add_argument("--guidance", type=float, default=_DEFAULTS["guidance_scale"], metavar="G", help="default %(default)s")
+    generate.add_argument(
+        "--steps", type=int, default=_DEFAULTS["num_inference_steps"], metavar="N", help="default %(default)s"
+    )
+    generate.add_argument(
+        "--guidance", type=float, default=_DEFAULTS["guidance_scale"], metavar="G", help="default %(default)s"
+    )
     generate.add_argument("--seed", type=int, metavar="N", help="default: a new one, which is printed")
     generate.add_argument("-n", type=int, default=1, metavar="N", help="number of pictures; picture i uses seed + i")
-    generate.add_argument("--temperature", type=float, default=_DEFAULTS["temperature"], metavar="T", help="of the draft; 0 is greedy")
-    generate.add_argument("--top-p", type=float, default=_DEFAULTS["top_p"], metavar="P", help="of the draft, default %(default)s")
+    generate.add_argument(
+        "--temperature", type=float, default=_DEFAULTS["temperature"], metavar="T", help="of the draft; 0 is greedy"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=_DEFAULTS["top_p"], metavar="P", help="of the draft, default %(default)s"
+    )
     _add_memory(generate)
     _add_json(generate)
     generate.set_defaults(run=_generate)
@@ -305,7 +320,9 @@ def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
             began = time.monotonic()
             out = pipe.generate(request, progress=reporter.progress)
             seconds[name] = time.monotonic() - began
-            files[name] = str(save_png(out.images[0], f"demo-{name}.png", {**request.settings(), "version": __version__}))
+            files[name] = str(
+                save_png(out.images[0], f"demo-{name}.png", {**request.settings(), "version": __version__})
+            )
         sizes = {name: _folder_bytes(path) for name, path in (("bf16", official), ("balanced", converted))}
     lines = [f"{name:<10}{sizes[name] / 10**6:7.2f} MB {seconds[name]:6.1f} s  {files[name]}" for name in files]
     lines += [

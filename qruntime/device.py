@@ -1,7 +1,7 @@
 """What differs between CUDA, MPS and the CPU, in one place: the only file that names `torch.cuda` or `torch.mps`.
 
-Everything else asks these functions. A device that lacks a notion (a stream, pinned memory, a peak counter) gets the answer
-that keeps the caller's code the same: no stream, ordinary memory, zero bytes.
+Everything else asks these functions. A device that lacks a notion (a stream, pinned memory, a peak counter) gets the
+answer that keeps the caller's code the same: no stream, ordinary memory, zero bytes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def cpu_has(*features: str) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 natively; elsewhere bf16 convolutions are a hundred times slower than float32."""
+    """Whether this CPU multiplies bf16 natively; elsewhere bf16 convolutions are a hundred times slower than
+    float32."""
     return cpu_has("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -195,7 +196,8 @@ class CopyQueue:
             yield
 
     def mark(self) -> object | None:
-        """A mark behind what the current stream was given so far: the copy stream inside `copying`, else the compute stream."""
+        """A mark behind what the current stream was given so far: the copy stream inside `copying`, else the
+        compute stream."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
 
     def compute_after(self, mark: object | None) -> None:

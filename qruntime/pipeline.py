@@ -5,8 +5,8 @@
     denoise  the diffusion transformer turns noise into latents under glyphs, codes and sources
     decode   the VAE turns latents into pixels
 
-Stages follow each other over all pictures of a request, so that each part's weights are needed once. Pictures are computed one at
-a time: picture i is the one that seed + i draws alone.
+Stages follow each other over all pictures of a request, so that each part's weights are needed once. Pictures are
+computed one at a time: picture i is the one that seed + i draws alone.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class GlmImagePipeline:
     ) -> GlmImagePipeline:
         """Open a converted or an official folder, or a hub id (downloaded once, its size announced first).
 
-        `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16, float32 on
-        CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`. Weights are loaded when
-        first used. Raises `InputError` or `CheckpointError`.
+        `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16,
+        float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
+        Weights are loaded when first used. Raises `InputError` or `CheckpointError`.
         """
         found = devices.resolve_device(_one_of("device", device, "device_map", _device_of(device_map)) or "auto")
         precision = devices.resolve_dtype(_one_of("dtype", dtype, "torch_dtype", torch_dtype), found)
@@ -517,7 +517,11 @@ def _split_inputs(
         raise InputError(f"latents have shape {list(latents.shape)}, not {[pictures, *shape]}", "see the docstring")
     if prior_token_ids is not None:
         tokens, codebook = 4 * math.prod(jobs[0].request.token_grid), checkpoint.dit.codebook_size
-        if prior_token_ids.dim() != 2 or prior_token_ids.shape[0] not in (1, pictures) or prior_token_ids.shape[1] != tokens:
+        if (
+            prior_token_ids.dim() != 2
+            or prior_token_ids.shape[0] not in (1, pictures)
+            or prior_token_ids.shape[1] != tokens
+        ):
             raise InputError(
                 f"prior_token_ids have shape {list(prior_token_ids.shape)}, not {[pictures, tokens]}",
                 "give the upsampled codes of an earlier picture of this size",
@@ -558,7 +562,8 @@ def _prompts_with_images(prompt: Any, image: Any) -> list[tuple[str, tuple[Any, 
 
 
 def _device_of(device_map: str | Mapping[str, Any] | None) -> Any:
-    """The device that diffusers' `device_map` names; its placing strategies mean "auto" here, where the plan decides."""
+    """The device that diffusers' `device_map` names; its placing strategies mean "auto" here, where the plan
+    decides."""
     if isinstance(device_map, Mapping):
         found = {str(value) for value in device_map.values()}
         if len(found) != 1:

@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module of `qruntime` imports from its own layer and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("request",),
     ("device",),
     ("ops",),
     ("quant",),
     ("models",),
     ("checkpoint",),
     ("memory",),
-    ("prompt", "schedule", "sampling", "media", "events", "request"),
+    ("prompt", "schedule", "sampling", "media", "events"),
     ("pipeline",),
     ("cli",),
     ("__main__",),

@@ -34,7 +34,10 @@ NOT_FETCHED = (".gitattributes", "README.md")
 OFFICIAL_FILES = (
     *NOT_FETCHED,
     "model_index.json",
-    *(f"processor/{n}" for n in ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")),
+    *(
+        f"processor/{n}"
+        for n in ("chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    ),
     "scheduler/scheduler_config.json",
     *(f"text_encoder/{n}" for n in ("config.json", "model.safetensors")),
     *(f"tokenizer/{n}" for n in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")),
@@ -42,7 +45,10 @@ OFFICIAL_FILES = (
     *(f"transformer/{n}" for n in ("config.json", "diffusion_pytorch_model.safetensors.index.json")),
     *(f"vae/{n}" for n in ("config.json", "diffusion_pytorch_model.safetensors")),
     *(f"vision_language_encoder/model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)),
-    *(f"vision_language_encoder/{n}" for n in ("config.json", "generation_config.json", "model.safetensors.index.json")),
+    *(
+        f"vision_language_encoder/{n}"
+        for n in ("config.json", "generation_config.json", "model.safetensors.index.json")
+    ),
 )
 REQUEST = httpx.Request("GET", "https://huggingface.co/api/models/zai-org/GLM-Image")
 REAL_DOWNLOAD, REAL_API = huggingface_hub.snapshot_download, huggingface_hub.HfApi
@@ -276,7 +282,12 @@ def test_needed_bytes_fetches_nothing(hub: PaperHub) -> None:
 
 
 def test_needed_bytes_of_a_folder(hub: PaperHub, tmp_path: Path) -> None:
-    for name, size in (("model_index.json", 10), ("vae/config.json", 100), ("vae/a.bin", 1000), ("notes/a.json", 10000)):
+    for name, size in (
+        ("model_index.json", 10),
+        ("vae/config.json", 100),
+        ("vae/a.bin", 1000),
+        ("notes/a.json", 10000),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
     assert needed_bytes(tmp_path) == Sizes(110, 0)

@@ -106,7 +106,9 @@ def test_any_layout_is_found(folder: Path, files: list[str], index: str | None) 
     )
 )
 def test_any_tensors_are_found(folder: Path, shapes: dict[str, tuple[str, list[int]]]) -> None:
-    save_file({name: torch.ones(shape, dtype=DTYPES[d]) for name, (d, shape) in shapes.items()}, folder / "m.safetensors")
+    save_file(
+        {name: torch.ones(shape, dtype=DTYPES[d]) for name, (d, shape) in shapes.items()}, folder / "m.safetensors"
+    )
     assert assert_equals_library(folder) == len(shapes)
 
 
@@ -337,7 +339,9 @@ def test_an_index_that_disagrees_is_refused(folder: Path, changes: dict[str, Any
 
 def test_a_tensor_that_the_index_leaves_out_is_refused(folder: Path) -> None:
     make_pair(folder)
-    mapped = {name: file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items() if name != "d"}
+    mapped = {
+        name: file for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items() if name != "d"
+    }
     (folder / INDEX).write_text(json.dumps({"weight_map": mapped}))
     assert_refused(folder, "holds d, which the index does not name")
 
@@ -365,7 +369,8 @@ def test_weights_beside_the_indexed_ones_are_refused(folder: Path, extra: str, c
 
 
 @pytest.mark.parametrize(
-    "extra", ["model.safetensors", "other.safetensors", "model-00001-of-00003.safetensors", "b-00001-of-00002.safetensors"]
+    "extra",
+    ["model.safetensors", "other.safetensors", "model-00001-of-00003.safetensors", "b-00001-of-00002.safetensors"],
 )
 def test_two_sets_without_an_index_are_refused(folder: Path, extra: str) -> None:
     make_pair(folder, index=None)

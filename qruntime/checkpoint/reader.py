@@ -1,8 +1,8 @@
 """A checkpoint folder, opened: its configurations, and every tensor as a view of a memory-mapped file.
 
-The same `Checkpoint` stands for an official folder and for a converted one. What differs is how a component's blocks lie: in a
-converted folder each is one run of bytes in the order of its layout (`Component.run`), in an official one its tensors are taken
-one by one (`Component.tensor`).
+The same `Checkpoint` stands for an official folder and for a converted one. What differs is how a component's blocks
+lie: in a converted folder each is one run of bytes in the order of its layout (`Component.run`), in an official one its
+tensors are taken one by one (`Component.tensor`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ ALIASES = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 
 
 def read_json(folder: Path, name: str) -> object:
-    """A JSON file of a checkpoint; `name` may hold one folder. Raises `CheckpointError` when missing, too large or malformed."""
+    """A JSON file of a checkpoint; `name` may hold one folder. Raises `CheckpointError` when missing, too large or
+    malformed."""
     path = folder / name
     try:
         size = path.stat().st_size
@@ -48,7 +49,9 @@ def read_json(folder: Path, name: str) -> object:
             raise CheckpointError(f"{name} has {size} bytes, over {MAX_JSON_BYTES}", "fetch the checkpoint again")
         return json.loads(path.read_text("utf-8"))
     except OSError:
-        raise CheckpointError(f"{path} cannot be read", "give a folder that holds a whole GLM-Image checkpoint") from None
+        raise CheckpointError(
+            f"{path} cannot be read", "give a folder that holds a whole GLM-Image checkpoint"
+        ) from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{name} is not valid JSON", "fetch the checkpoint again") from None
 
@@ -174,16 +177,18 @@ def _agree(ar_config: ArConfig, dit_config: DitConfig, vae_config: VaeConfig, gl
         ("codebook sizes of AR model and transformer", ar_config.vq.codebook_size, dit_config.codebook_size),
         ("latent channels of vae and transformer", vae_config.latent_channels, dit_config.in_channels),
         ("text widths of text_encoder and transformer", glyph_config.d_model, dit_config.text_embed_dim),
-        ("pixels a code and pixels a transformer token", 2 * ar_config.vision.patch_size, 2 * dit_config.patch_size * vae_config.scale_factor),
+        (
+            "pixels a code and pixels a transformer token",
+            2 * ar_config.vision.patch_size,
+            2 * dit_config.patch_size * vae_config.scale_factor,
+        ),
     )
     for what, left, right in pairs:
         if left != right:
             raise CheckpointError(f"the {what} differ: {left} and {right}", "do not mix folders of two checkpoints")
 
 
-def _open_component(
-    folder: Path, name: str, specs: list[BlockSpec], config: object, *, converted: bool
-) -> Component:
+def _open_component(folder: Path, name: str, specs: list[BlockSpec], config: object, *, converted: bool) -> Component:
     schemes = _schemes(name, config, converted=converted)
     tensors = index_component(folder)
     for alias, target in ALIASES.get(name, {}).items():

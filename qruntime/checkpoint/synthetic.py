@@ -1,8 +1,8 @@
 """A checkpoint of the official layout with random weights, of any size.
 
-It draws noise, but it is whole: every file, name, shape and dtype is what the official folder has. The demo makes a small one where
-nothing may be downloaded, and speed and memory are measured on a full-size one. Weights are drawn at a deviation of
-1 / sqrt(inputs), so that activations keep their scale through the depth of the model.
+It draws noise, but it is whole: every file, name, shape and dtype is what the official folder has. The demo makes a
+small one where nothing may be downloaded, and speed and memory are measured on a full-size one. Weights are drawn at a
+deviation of 1 / sqrt(inputs), so that activations keep their scale through the depth of the model.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def configs(full_size: bool) -> dict[str, dict[str, Any]]:
             "mrope_section": [8, 12, 12] if full_size else [2, 3, 3],
         },
     }
-    ar_config = {
+    ar_config: dict[str, Any] = {
         "architectures": ["GlmImageForConditionalGeneration"],
         "model_type": "glm_image",
         "dtype": "bfloat16",
@@ -219,7 +219,15 @@ def _tokenizer_files(codes: int, vocabulary: int, image_id: int) -> dict[str, di
     }
     words = {character: codes + 128 + byte for byte, character in enumerate(_byte_characters())}
     added = [
-        {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": text,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for text, i in control.items()
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -289,7 +297,10 @@ def write_random(
     )
     components = {
         "text_encoder": ("model", glyph.block_specs(GlyphConfig.from_json(files["text_encoder/config.json"]))),
-        "transformer": ("diffusion_pytorch_model", dit.block_specs(DitConfig.from_json(files["transformer/config.json"]))),
+        "transformer": (
+            "diffusion_pytorch_model",
+            dit.block_specs(DitConfig.from_json(files["transformer/config.json"])),
+        ),
         "vae": ("diffusion_pytorch_model", vae.block_specs(VaeConfig.from_json(files["vae/config.json"]))),
         "vision_language_encoder": ("model", ar.block_specs(ar_config) + vision.block_specs(ar_config)),
     }

@@ -1,8 +1,9 @@
 """Blocks behind one iterator: the same forward pass runs over weights that stay, come and go, or stream.
 
-A *slot* is a run of device bytes with a block's layout and a forward module whose weights are views into it. `Blocks` holds
-either a slot for every block, filled at first use and kept until `release`, or two slots through which all blocks pass in order,
-the next one loading while the current one computes. What differs is where bytes lie, never what is computed.
+A *slot* is a run of device bytes with a block's layout and a forward module whose weights are views into it. `Blocks`
+holds either a slot for every block, filled at first use and kept until `release`, or two slots through which all blocks
+pass in order, the next one loading while the current one computes. What differs is where bytes lie, never what is
+computed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ STREAM_SLOTS = 2
 class Loader:
     """Brings blocks of one component to one device, in the dtype that is computed in.
 
-    A block that lies in its file as it lies in a slot is copied in one piece; one that does not (an official folder, or other
-    dtypes) tensor by tensor, cast on the way, and checked for NaN there, since no converter has looked at it.
+    A block that lies in its file as it lies in a slot is copied in one piece; one that does not (an official folder, or
+    other dtypes) tensor by tensor, cast on the way, and checked for NaN there, since no converter has looked at it.
     """
 
     def __init__(self, component: Component, device: torch.device, dtype: torch.dtype) -> None:
@@ -80,7 +81,8 @@ class Loader:
                 )
 
     def _copy_run(self, target: Tensor, run: Tensor) -> None:
-        """Mapped file bytes to the device; on CUDA through page-locked memory, so that the copy runs beside the compute."""
+        """Mapped file bytes to the device; on CUDA through page-locked memory, so that the copy runs beside the
+        compute."""
         if kind(self.device) != "cuda":
             target.copy_(run)
             return
@@ -154,7 +156,8 @@ class Blocks(Generic[Module]):
         return module
 
     def watch(self, before_block: Callable[[], None]) -> None:
-        """Have `before_block` called before each block runs; what it raises ends the pass (that is how a run is cancelled)."""
+        """Have `before_block` called before each block runs; what it raises ends the pass (that is how a run is
+        cancelled)."""
         self._before_block = before_block
 
     def stream(self, streamed: bool) -> None:

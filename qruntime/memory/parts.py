@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from ..models.weights import Weights
 from .blocks import Blocks, Loader
 from .planner import Plan
 
+M = TypeVar("M")
+
 
 class Parts:
     """The model's parts by what they do. Nothing is loaded until a part is iterated."""
@@ -25,7 +28,7 @@ class Parts:
         self.dtype = dtype
         loaders = {name: Loader(part, device, dtype) for name, part in checkpoint.components.items()}
 
-        def blocks(component: str, kind: str, make: Callable[[Weights], object], *, streamed: bool = False) -> Blocks:
+        def blocks(component: str, kind: str, make: Callable[[Weights], M], *, streamed: bool = False) -> Blocks[M]:
             specs = [s for s in checkpoint.components[component].specs.values() if s.kind == kind]
             return Blocks(loaders[component], specs, make, streamed=streamed)
 
@@ -44,12 +47,14 @@ class Parts:
         self.vae_decoder: Blocks[vae.Decoder] = blocks("vae", "decoder", lambda w: vae.Decoder(checkpoint.vae, w))
         self.dit_stem: Blocks[dit.Stem] = blocks("transformer", "stem", lambda w: dit.Stem(checkpoint.dit, w))
         self.dit_adaln: Blocks[Weights] = blocks("transformer", "adaln", lambda w: w, streamed=True)
-        self.dit_blocks: Blocks[dit.DitBlock] = blocks("transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w))
+        self.dit_blocks: Blocks[dit.DitBlock] = blocks(
+            "transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w)
+        )
         self._code_table: Tensor | None = None
         self._keep = False
 
     @property
-    def _all(self) -> list[Blocks]:
+    def _all(self) -> list[Blocks[Any]]:
         return [value for value in vars(self).values() if isinstance(value, Blocks)]
 
     @property
@@ -67,7 +72,7 @@ class Parts:
             blocks.watch(before_block)
 
     @contextmanager
-    def phase(self, *used: Blocks) -> Iterator[None]:
+    def phase(self, *used: Blocks[Any]) -> Iterator[None]:
         """A phase that uses some parts: unless the plan keeps weights, they are given back when it ends."""
         try:
             yield
@@ -87,7 +92,8 @@ class Parts:
         devices.release_cached(self.device)
 
     def embed_text(self, ids: Tensor) -> Tensor:
-        """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays in its file."""
+        """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays
+        in its file."""
         table = self.checkpoint.components["vision_language_encoder"].tensor("model.language_model.embed_tokens.weight")
         return table[ids].to(device=self.device, dtype=self.dtype)
 

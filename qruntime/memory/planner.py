@@ -1,6 +1,7 @@
 """From a budget to where weights live: one pure function, and the numbers it reasons with.
 
-A picture is drawn in phases that follow each other in device memory. Three plans exist, in the order in which they are preferred:
+A picture is drawn in phases that follow each other in device memory. Three plans exist, in the order in which they are
+preferred:
 
 - `resident`: every part's weights stay;
 - `swapped`: a phase's weights come when it starts and go when it ends;
@@ -28,7 +29,8 @@ MODES = ("resident", "swapped", "streamed")
 CUDA_CONTEXT_BYTES = 700 * 10**6  # driver context, cuBLAS and cuDNN workspaces: in the process's VRAM, in no tensor
 _PROMPT_TOKENS = 2048  # what a prompt is planned to take at most; longer ones are measured when they come
 
-# Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see benchmarks/LOG.md.
+# Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
+# benchmarks/LOG.md.
 _DENOISE_WIDTHS = 22  # tensors of [sequence, width] alive at the worst moment of a block
 _VAE_BYTES_A_PIXEL_ELEMENT = 2900  # elements alive a pixel of the picture at the worst moment of the VAE
 _VISION_WIDTHS = 16
@@ -152,8 +154,8 @@ def every_plan(
 ) -> list[Plan]:
     """The plans of a request, most memory first.
 
-    `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is planned
-    with sources of its own size.
+    `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is
+    planned with sources of its own size.
     """
     sizes = Sizes.of(checkpoint, dtype_name)
     sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
@@ -167,7 +169,9 @@ def _phases(
     dit_weights = sizes.dit_stem + (STREAM_SLOTS * sizes.dit_slot if mode == "streamed" else sizes.dit_blocks)
     phases = [Phase("encode text", sizes.glyph, _glyph_working(checkpoint, sizes))]
     if edit:
-        phases.append(Phase("encode codes", sizes.vision, max(_vision_working(checkpoint, sizes, *side) for side in sides)))
+        phases.append(
+            Phase("encode codes", sizes.vision, max(_vision_working(checkpoint, sizes, *side) for side in sides))
+        )
         phases.append(Phase("encode latents", sizes.vae_encoder, max(_vae_working(sizes, *side) for side in sides)))
     phases += [
         Phase("draft", sizes.draft, _draft_working(checkpoint, sizes, request, sides)),
@@ -192,9 +196,7 @@ def _vision_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: in
     return tokens * checkpoint.ar.vision.hidden_size * _VISION_WIDTHS * sizes.element_bytes + distances + table
 
 
-def _draft_working(
-    checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]
-) -> int:
+def _draft_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
     text = checkpoint.ar.text
     source_tokens = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) + 2 for h, w in sides)
     prompt = _PROMPT_TOKENS + source_tokens

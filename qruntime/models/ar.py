@@ -1,8 +1,8 @@
 """The autoregressive decoder: text and image codes in, the next image code out.
 
-A GLM decoder layer has four RMS norms: one before and one behind each of attention and MLP. Positions have three axes (time, row,
-column); the rotary frequencies are dealt to the axes in sections. Keys and values live in one static cache, so that decoding
-never allocates and shapes stay the same from token to token.
+A GLM decoder layer has four RMS norms: one before and one behind each of attention and MLP. Positions have three axes
+(time, row, column); the rotary frequencies are dealt to the axes in sections. Keys and values live in one static cache,
+so that decoding never allocates and shapes stay the same from token to token.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def cache_capacity(tokens: int) -> int:
 def rope_tables(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [S, rotary_dim], for integer positions [3, S].
 
-    Frequencies are those of RoPE over the first `rotary_dim` features; consecutive sections of them take their position from
-    the time, row and column axes in turn (multimodal RoPE, Qwen2-VL).
+    Frequencies are those of RoPE over the first `rotary_dim` features; consecutive sections of them take their position
+    from the time, row and column axes in turn (multimodal RoPE, Qwen2-VL).
     """
     frequencies = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / config.rope_theta ** (frequencies / config.rotary_dim)

@@ -1,8 +1,8 @@
 """The configuration of every part of a checkpoint, read from its JSON by allow-listed keys with bounds.
 
-A checkpoint is untrusted: a key that is not listed here is ignored, a value out of its bounds is refused with its name, and a
-setting that would need other arithmetic than ours (another activation, a mid-block attention) is refused rather than run wrongly.
-Defaults are those of the official checkpoint where the official files leave a key out.
+A checkpoint is untrusted: a key that is not listed here is ignored, a value out of its bounds is refused with its name,
+and a setting that would need other arithmetic than ours (another activation, a mid-block attention) is refused rather
+than run wrongly. Defaults are those of the official checkpoint where the official files leave a key out.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Fields:
             raise self._refuse(key, "a short text")
         return value
 
-    def numbers(self, key: str, low: float, high: float, lengths: tuple[int, int], default: Sequence[float] | None = None) -> tuple[float, ...]:
+    def numbers(
+        self, key: str, low: float, high: float, lengths: tuple[int, int], default: Sequence[float] | None = None
+    ) -> tuple[float, ...]:
         value = self._values.get(key)
         value = default if value is None else value
         if (
@@ -76,7 +78,9 @@ class Fields:
             raise self._refuse(key, f"{lengths[0]} to {lengths[1]} numbers from {low:g} to {high:g}")
         return tuple(value)
 
-    def integers(self, key: str, low: int, high: int, lengths: tuple[int, int], default: Sequence[int] | None = None) -> tuple[int, ...]:
+    def integers(
+        self, key: str, low: int, high: int, lengths: tuple[int, int], default: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
         values = self.numbers(key, low, high, lengths, default)
         if not all(isinstance(value, int) for value in values):
             raise self._refuse(key, "whole numbers")
@@ -358,7 +362,7 @@ class GlyphConfig:
         exact = found.num_buckets // 4
         fields.require(
             found.max_distance > exact,
-            f"relative_attention_max_distance is {found.max_distance}, not over the {exact} that have buckets of their own",
+            f"relative_attention_max_distance is {found.max_distance}, not over the {exact} with buckets of their own",
         )
         return found
 
@@ -377,7 +381,13 @@ class SchedulerConfig:
         fields = Fields("scheduler/scheduler_config.json", config)
         fields.must_be("use_dynamic_shifting", True, False)
         fields.must_be("time_shift_type", "linear", "exponential")
-        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"):
+        for key in (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+            "stochastic_sampling",
+        ):
             fields.must_be(key, False, False)
         fields.must_be("shift_terminal", None)
         found = SchedulerConfig(
@@ -414,8 +424,12 @@ class ProcessorConfig:
         fields.require(all(value > 0 for value in deviations), "image_std holds a zero")
         found = ProcessorConfig(
             patch_size=fields.integer("patch_size", 1, 256),
-            min_pixels=fields.integer("min_pixels", 1, highest) if fields.has("min_pixels") else size.integer("shortest_edge", 1, highest),
-            max_pixels=fields.integer("max_pixels", 1, highest) if fields.has("max_pixels") else size.integer("longest_edge", 1, highest),
+            min_pixels=fields.integer("min_pixels", 1, highest)
+            if fields.has("min_pixels")
+            else size.integer("shortest_edge", 1, highest),
+            max_pixels=fields.integer("max_pixels", 1, highest)
+            if fields.has("max_pixels")
+            else size.integer("longest_edge", 1, highest),
             image_mean=fields.numbers("image_mean", -100.0, 100.0, (3, 3)),
             image_std=deviations,
         )

@@ -1,14 +1,16 @@
 """The diffusion transformer: latents, glyph states and prior codes in, the velocity of the latents out.
 
-Text and image tokens form one sequence through every block; AdaLN modulates them apart. Everything that does not depend on the
-latents is computed once a picture (`Conditioning`): projected glyphs and priors, rotary tables, and the AdaLN output of every
-block and step, for which the AdaLN weights (a tenth of the model) are streamed through once and never stay.
+Text and image tokens form one sequence through every block; AdaLN modulates them apart. Everything that does not depend
+on the latents is computed once a picture (`Conditioning`): projected glyphs and priors, rotary tables, and the AdaLN
+output of every block and step, for which the AdaLN weights (a tenth of the model) are streamed through once and never
+stay.
 
 With guidance, the conditional and the unconditional pass are packed along the sequence,
 
     [text (cond) | image (cond) | image (uncond) | text (uncond)]
 
-so that each is one contiguous run for attention, all image tokens are one run for modulation, and each weight is read once a step.
+so that each is one contiguous run for attention, all image tokens are one run for modulation, and each weight is read
+once a step.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def block_specs(config: DitConfig) -> list[BlockSpec]:
 
 
 def rope_tables(config: DitConfig, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [rows * columns, head_dim]; a quarter of the features turns with rows, the next with columns, twice."""
+    """cos and sin, float32 [rows * columns, head_dim]; a quarter of the features turns with rows, the next with
+    columns, twice."""
     half = config.head_dim // 2
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
     by_row = torch.outer(torch.arange(rows), frequencies)[:, None].expand(rows, columns, -1)
@@ -192,9 +195,9 @@ class DitBlock:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One step of the packed sequence [S, width].
 
-        `modulation` [6, 2, width] holds (image, text) rows; `rope` tables cover all image rows; `condition` is a pair of keys
-        and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns the tokens and this
-        block's own keys and values [heads, S, head_dim].
+        `modulation` [6, 2, width] holds (image, text) rows; `rope` tables cover all image rows; `condition` is a pair
+        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns the
+        tokens and this block's own keys and values [heads, S, head_dim].
         """
         states = _modulated(_norm(tokens), packing, modulation[_ATTENTION_SHIFT], modulation[_ATTENTION_SCALE])
         states, keys_values = self._attend(states, packing, rope, condition)
@@ -253,8 +256,9 @@ def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> list[Tensor
 class Conditioning:
     """What stays the same over the steps of one picture.
 
-    `cond_text` [T, width]; `cond_prior` [N, width]; `uncond_text` and `uncond_prior` likewise ([1, width] for the prior, which
-    is the same at every position), or None without guidance; `modulation` a table a block, `final_modulation` [steps, 2, width];
+    `cond_text` [T, width]; `cond_prior` [N, width]; `uncond_text` and `uncond_prior` likewise ([1, width] for the
+    prior, which is the same at every position), or None without guidance; `modulation` a table a block,
+    `final_modulation` [steps, 2, width];
     `rope` of one image; `condition` a pair of keys and values a block, or None.
     """
 
@@ -305,7 +309,8 @@ def condition_keys_values(
 ) -> list[tuple[Tensor, Tensor]]:
     """A source picture, latents [C, H, W], once through the model without text: its keys and values a block.
 
-    `prior` [N, width] are its projected codes and `modulation` the tables at timestep 0 and its own size (row 0 is used).
+    `prior` [N, width] are its projected codes and `modulation` the tables at timestep 0 and its own size (row 0 is
+    used).
     """
     tokens = stem.image(latents) + prior
     packing = Packing(0, tokens.shape[0], None)

@@ -1,4 +1,5 @@
-"""The glyph encoder: the bytes of a quoted text in, one state a byte out. It is the encoder half of ByT5 (Xue et al., 2021)."""
+"""The glyph encoder: the bytes of a quoted text in, one state a byte out. It is the encoder half of ByT5 (Xue et al.,
+2021)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What a block is: a named list of weights that lie together as one run of bytes.
 
-A component (a folder of the checkpoint) is a list of `BlockSpec`s. A block's tensors have the same order, dtypes and relative
-offsets in the converted file, in host memory and in a device slot, so loading a block is one copy. Blocks of one `kind`
-share a layout. `LinearSpec` groups matrices that are applied to the same input (q, k and v): their parts lie side by side,
-kind by kind, so that one view spans them all and one product serves them.
+A component (a folder of the checkpoint) is a list of `BlockSpec`s. A block's tensors have the same order, dtypes and
+relative offsets in the converted file, in host memory and in a device slot, so loading a block is one copy. Blocks of
+one `kind` share a layout. `LinearSpec` groups matrices that are applied to the same input (q, k and v): their parts lie
+side by side, kind by kind, so that one view spans them all and one product serves them.
 
 Pure description: this file imports no torch.
 """
@@ -44,7 +44,8 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: `name` within its component, `kind` (blocks of a kind share a layout), the `prefix` of its tensors' names."""
+    """One block: `name` within its component, `kind` (blocks of a kind share a layout), the `prefix` of its
+    tensors' names."""
 
     name: str
     kind: str
@@ -68,7 +69,8 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor of a layout: name without the block's prefix, safetensors dtype, shape, byte offset in the block."""
+    """One stored tensor of a layout: name without the block's prefix, safetensors dtype, shape, byte offset in the
+    block."""
 
     name: str
     dtype: str
@@ -104,7 +106,8 @@ def align(offset: int) -> int:
 def block_layout(block: BlockSpec, scheme_of: Callable[[str], Scheme], plain_dtype: str) -> Layout:
     """Lay a block out under the schemes that `scheme_of(weight name)` gives.
 
-    Every run of like parts starts on a 64-byte boundary; the members of one `LinearSpec` follow each other without gaps.
+    Every run of like parts starts on a 64-byte boundary; the members of one `LinearSpec` follow each other without
+    gaps.
     Raises `CheckpointError` when members of one product were given different schemes.
     """
     entries: list[Entry] = []

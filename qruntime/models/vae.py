@@ -1,7 +1,7 @@
 """The autoencoder between pictures and latents: a convolutional encoder and decoder with 8 pixels a latent side.
 
-Only the settings of GLM-Image are written down: no attention in the middle, no 1x1 convolutions around the latents, SiLU, group
-norm. Decoding in float16 overflows; bf16 and float32 do not.
+Only the settings of GLM-Image are written down: no attention in the middle, no 1x1 convolutions around the latents,
+SiLU, group norm. Decoding in float16 overflows; bf16 and float32 do not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The eye of the AR model: a source picture in, one code a 32 x 32 pixel cell out.
 
-A ViT over patches of the halved picture, whose learned position table is stretched to the picture's grid, and a codebook
-searched by cosine similarity.
+A ViT over patches of the halved picture, whose learned position table is stretched to the picture's grid, and a
+codebook searched by cosine similarity.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def embed_patches(config: VisionConfig, stem: Weights, patches: Tensor, rows: in
     return states + grid[0].flatten(1).T.to(states.dtype)
 
 
-def encode(config: VisionConfig, stem: Weights, blocks: Iterable[VisionBlock], patches: Tensor, rows: int, columns: int) -> Tensor:
+def encode(
+    config: VisionConfig, stem: Weights, blocks: Iterable[VisionBlock], patches: Tensor, rows: int, columns: int
+) -> Tensor:
     """Patches of one picture -> features [rows * columns, width]."""
     states = embed_patches(config, stem, patches, rows, columns)
     for block in blocks:

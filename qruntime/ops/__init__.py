@@ -1,7 +1,7 @@
 """The operations that the models are made of, dispatched by device.
 
-`reference.py` defines each in plain torch; that is the oracle of every kernel and what runs where there is none. `torch_int4.py`
-holds torch's own int4 products. Callers import from here.
+`reference.py` defines each in plain torch; that is the oracle of every kernel and what runs where there is none.
+`torch_int4.py` holds torch's own int4 products. Callers import from here.
 """
 
 from __future__ import annotations

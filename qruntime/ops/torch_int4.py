@@ -1,12 +1,13 @@
 """torch's own int4 products: tinygemm on CUDA, the Metal shader on MPS, the AVX-512 one on CPUs.
 
-All three compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 stores; they differ in how they want the
-bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form (equal size,
-so that it fits where they came from), `linear` multiplies.
+All three compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 stores; they differ in how they
+want the bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form
+(equal size, so that it fits where they came from), `linear` multiplies.
 
 - `tinygemm` (CUDA, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
 - `avx512` (CPUs with native bf16): q shuffled, scale and zero interleaved.
-- `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so above
+- `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so
+  above
   `METAL_MAX_ROWS` rows the matrix is dequantised instead.
 - `stored`: none of them; the plain reference reads the bytes as they are in the file.
 """
@@ -48,8 +49,8 @@ def _inner_k_tiles(k: int) -> int:
 def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale_zero_out: Tensor) -> None:
     """Write stored parts in the form `kind`.
 
-    q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2]. The outputs must
-    not overlap the inputs.
+    q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2]. The outputs
+    must not overlap the inputs.
     """
     scale_zero_out.copy_(torch.stack((scale.T, zero.T), dim=-1))
     if kind == "tinygemm":

@@ -1,9 +1,11 @@
 """Quantising a matrix to 4 bits: groups of columns share a scale and a zero, solved by HQQ's half-quadratic iteration.
 
-Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): the error is split into a sparse part e,
-found by shrinkage under an l_p norm with p < 1, and the rest, of which scale and zero are the minimisers. HQQ solves for the zero
-alone; here both are the least-squares fit of W - e to the levels, which is the same step with one more unknown. The best iterate
-in squared error is kept, measured with the bf16 scale and zero that are stored. Data-free and deterministic.
+Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): the error is split into a sparse
+part e, found by shrinkage under an l_p norm with p < 1, and the rest, of which scale and zero are the minimisers. HQQ
+solves
+for the zero alone; here both are the least-squares fit of W - e to the levels, which is the same step with one more
+unknown. The best iterate in squared error is kept, measured with the bf16 scale and zero that are stored. Data-free and
+deterministic.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def _solve(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrink(residual: Tensor, scale: Tensor, beta: float) -> Tensor:
-    """The proximal step of the l_p norm, in units of the group's step: large residuals (clipped outliers) are set aside."""
+    """The proximal step of the l_p norm, in units of the group's step: large residuals (clipped outliers) are set
+    aside."""
     size = (residual / scale).abs()
     threshold = size.clamp_min(1e-8).pow(_P - 1) / beta
     return residual.sign() * scale * (size - threshold).clamp_min_(0)

@@ -1,7 +1,7 @@
 """Quantising a matrix to 8 bits: one symmetric scale a row, after an optional rotation of the columns.
 
-The rotation is a block-diagonal Hadamard matrix. It spreads outlier channels over their block, costs nothing in weights, and
-needs no calibration data (Ashkboos et al., "QuaRot", 2024).
+The rotation is a block-diagonal Hadamard matrix. It spreads outlier channels over their block, costs nothing in
+weights, and needs no calibration data (Ashkboos et al., "QuaRot", 2024).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _MAX_LEVEL = 127
 
 
 def quantize_int8(weight: Tensor, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """Quantise [N, K] floats to q int8 [N, K] and scale float32 [N], with (W H) = q * scale (H = 1 where rotation is 0)."""
+    """Quantise [N, K] floats to q int8 [N, K] and scale float32 [N], with (W H) = q * scale (H = 1 where rotation
+    is 0)."""
     rows = weight.float()
     if rotation:
         rows = rotate(rows, rotation)

@@ -3,10 +3,11 @@
 A matrix W of shape [N, K] multiplies as y = x W^T. It is stored as
 
 - `plain`: itself, in the component's floating-point type;
-- `int4`: `W.q` uint8 [N, K/2] (element 2j in the low nibble of byte j, 2j+1 in the high one), `W.scale` and `W.zero` bf16
+- `int4`: `W.q` uint8 [N, K/2] (element 2j in the low nibble of byte j, 2j+1 in the high one), `W.scale` and `W.zero`
+  bf16
   [N, K/group_size]; w = (q - 8) * scale + zero;
-- `int8`: `W.q` int8 [N, K], `W.scale` float32 [N]; w = q * scale. With `rotation` r, the matrix stored is W H, where H is
-  the block-diagonal orthonormal Hadamard matrix of r x r blocks, and x is multiplied by H before the product.
+- `int8`: `W.q` int8 [N, K], `W.scale` float32 [N]; w = q * scale. With `rotation` r, the matrix stored is W H, where H
+  is the block-diagonal orthonormal Hadamard matrix of r x r blocks, and x is multiplied by H before the product.
 
 Dtypes are named as safetensors names them. This file is pure: it imports no torch.
 """
@@ -54,8 +55,8 @@ class Scheme:
         return (Part("", plain_dtype, (n, k)),)
 
     def fit(self, k: int) -> Scheme:
-        """This scheme for matrices of `k` columns: int4 falls from its group size to 32 and then to int8, a rotation to the
-        largest block that divides k, so that no width is refused."""
+        """This scheme for matrices of `k` columns: int4 falls from its group size to 32 and then to int8, a rotation to
+        the largest block that divides k, so that no width is refused."""
         if self.kind == "int4":
             for group_size in (self.group_size, 32):
                 if k % group_size == 0:
@@ -86,7 +87,11 @@ class Scheme:
         raise CheckpointError(f"the scheme {fields!r:.80} of {where!r:.80} is not one of format 1", "convert again")
 
     def __str__(self) -> str:
-        return self.kind + (f"/g{self.group_size}" if self.group_size else "") + (f"/h{self.rotation}" if self.rotation else "")
+        return (
+            self.kind
+            + (f"/g{self.group_size}" if self.group_size else "")
+            + (f"/h{self.rotation}" if self.rotation else "")
+        )
 
 
 PLAIN = Scheme("plain")
@@ -101,7 +106,8 @@ def name_matches(pattern: str, name: str) -> bool:
 
 
 class SchemeMap:
-    """The schemes of a component: ordered (pattern, scheme) pairs; the first that matches a name holds, else `plain`."""
+    """The schemes of a component: ordered (pattern, scheme) pairs; the first that matches a name holds, else
+    `plain`."""
 
     def __init__(self, pairs: Mapping[str, Scheme] | None = None) -> None:
         self.pairs = dict(pairs or {})
