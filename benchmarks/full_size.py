@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from qruntime import __version__
 from qruntime import device as devices
 from qruntime.checkpoint.synthetic import write_random
+from qruntime.memory.planner import CUDA_CONTEXT_BYTES
 from qruntime.pipeline import GlmImagePipeline, PipelineOutput
 
 PROMPT_TOKENS = 1000  # the random tokenizer has one token a byte
@@ -38,10 +38,12 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="*", default=["1024x1024"], metavar="WxH")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--budgets", nargs="*", default=[], metavar="GB", help="draw again, briefly, within these")
+    parser.add_argument("--commit", default="", help="noted in the results, where git is not at hand")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     source, target = args.folder / "official", args.folder / args.recipe
     device = devices.resolve_device("auto")
+    machine = _machine(device, args.commit)
     rows: list[dict[str, Any]] = []
     if not (source / "complete").exists():
         shutil.rmtree(source, ignore_errors=True)
@@ -60,7 +62,7 @@ def main() -> int:
         _say(json.dumps(rows[-1]))
     if args.budgets:
         rows += _compare_budgets(pipe, target, args.recipe, [float(budget) for budget in args.budgets])
-    result = {"machine": _machine(device), "rows": rows}
+    result = {"machine": machine, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
@@ -99,6 +101,7 @@ def _draw(pipe: GlmImagePipeline, recipe: str, width: int, height: int, steps: i
         "recipe": recipe,
         "plan": out.stats["plan"],
         "predicted_bytes": out.stats["predicted_bytes"],
+        "predicted_phases": out.stats["predicted_phases"],
         "steps": steps,
         "prompt_tokens": PROMPT_TOKENS,
         "seconds": seconds,
@@ -119,6 +122,7 @@ def _compare_budgets(pipe: GlmImagePipeline, folder: Path, recipe: str, budgets:
     rows = []
     for budget in budgets:
         limited = GlmImagePipeline.from_pretrained(folder, vram=budget)
+        devices.cap_memory(limited.device, int(budget * 1e9) - CUDA_CONTEXT_BYTES)  # as the command line does
         with _ProcessMemory(limited.device) as memory:
             out = _call(limited, size, size, steps, prior_token_ids=codes, output_type="latent")
         rows.append(
@@ -129,6 +133,7 @@ def _compare_budgets(pipe: GlmImagePipeline, folder: Path, recipe: str, budgets:
                 "budget_gb": budget,
                 "plan": out.stats["plan"],
                 "predicted_bytes": out.stats["predicted_bytes"],
+                "predicted_phases": out.stats["predicted_phases"],
                 "stages": out.stats["stages"],
                 "process_vram_bytes": memory.peak_bytes,
                 "bit_identical": bool(torch.equal(out.images, expected)),
@@ -172,16 +177,16 @@ class _ProcessMemory:
         self._thread.join()
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
-    run: Callable[[list[str]], str] = lambda command: subprocess.run(  # noqa: E731
-        command, capture_output=True, text=True, check=False
-    ).stdout.strip()
+def _machine(device: torch.device, commit: str) -> dict[str, Any]:
+    torch.zeros(1, device=device) @ torch.zeros(1, device=device)
+    known = devices.memory_bytes(device)
     return {
         "gpu": devices.device_name(device),
+        "bytes_before_weights": known[1] - known[0] if known else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "qruntime": __version__,
-        "commit": run(["git", "rev-parse", "--short", "HEAD"]),
+        "commit": commit,
         "command": " ".join(["python -m benchmarks.full_size", *sys.argv[2:]]),
     }
 

@@ -87,9 +87,12 @@ class Journal:
         self._file.truncate(valid)
         return head, records
 
-    def restart(self, head: dict[str, object]) -> None:
-        """Forget everything and begin with this head."""
+    def clear(self) -> None:
+        """Forget everything."""
         self._file.truncate(0)
+
+    def begin(self, head: dict[str, object]) -> None:
+        """Write the first line of an empty journal."""
         self._append(head)
 
     def append(self, record: BlockRecord) -> None:

@@ -211,7 +211,7 @@ class _Conversion:
         previous, records = stage.journal.read()
         stage.worth_keeping = bool(records)
         if previous is None:
-            stage.journal.restart(head)
+            stage.journal.begin(head)
         elif previous != head:
             key = next(key for key in (*head, *previous) if previous.get(key) != head.get(key))
             raise InputError(

@@ -81,6 +81,7 @@ def staging(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Staging]:
                 "add --resume to go on with it, or --overwrite to start again",
             )
         if left_over and not resume:
+            journal.clear()
             _empty(folder)
             opened.worth_keeping = False
         yield opened

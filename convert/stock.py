@@ -2,18 +2,19 @@
 
 The AR decoder's matrices become bitsandbytes NF4 and the DiT's optimum-quanto int8, quantised and serialised by those
 libraries' own modules; everything else is bf16. Files and configs are those from which stock
-`diffusers.GlmImagePipeline.from_pretrained` loads a quantised pipeline: nothing here is read by this runtime, which refuses
-the folder. It is the way out of this project, and what the errors of `balanced` stand beside.
+`diffusers.GlmImagePipeline.from_pretrained` loads a quantised pipeline. This runtime refuses the folder: it is a way
+out of the project, and what the errors of `balanced` stand beside.
 
-NF4 keeps its scales as they are, 4.5 bits a weight, so that it is compared with int4 in groups of 64 at equal size; quantising
-the scales again would save 0.37 bits. The head, which decides every token alone, and the vision tower, whose features an argmin
-over the codebook turns into codes, stay bf16: bitsandbytes cannot mix int8 into an NF4 model. In the DiT the AdaLN products, the
-embeddings of time and size and the last product stay bf16, as in `balanced`. diffusers tells modules by the last part of
-their names, which the other small products share with those of the MLP, so these are int8.
+What is quantised. NF4 keeps its scales as they are, 4.5 bits a weight, so that it meets int4 in groups of 64 at equal
+size; quantising the scales as well would save 0.37 bits. The head, which decides every token alone, and the vision
+tower, whose features an argmin over the codebook turns into codes, stay bf16: bitsandbytes cannot mix int8 into an NF4
+model. In the DiT the AdaLN products, the embeddings of time and size and the last product stay bf16, as in `balanced`.
+diffusers tells modules by the last part of their names, which the other small products share with those of the MLP, so
+these are int8.
 
-No model is built. Tensor by tensor is mapped, quantised, and written when a shard is full, so the memory needed is that of
-two shards and not of a component; loading the result with the stock libraries takes what they take. There is no resuming: what
-is left of a killed run is started again with `--overwrite`.
+No model is built. Tensor by tensor is mapped, quantised, and written when a shard is full, so the memory needed is
+that of two shards and not of a component; loading the result with the stock libraries takes what they take. There is
+no resuming: what a killed run left is started again with `--overwrite`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qruntime import __version__
 from qruntime import device as devices
 from qruntime.checkpoint.hub import require_free
 from qruntime.checkpoint.index import read_json
@@ -78,11 +78,11 @@ def convert_stock(
     device: torch.device,
     progress: Callable[[Progress], None],
 ) -> ConversionResult:
-    """Quantise an opened, unquantised checkpoint into the folder `out`, which one rename makes appear.
+    """Quantise an opened, unquantised checkpoint into the folder `out`, which appears by one rename.
 
-    `overwrite` replaces an existing `out`, or what a killed run left of it. CUDA devices are used, others left to the CPU.
+    `overwrite` replaces an existing `out`, or what a killed run left of it. Of devices only CUDA ones are used.
     Raises `InputError` when the libraries are missing or `out` is in the way, `CheckpointError` for values that are NaN,
-    infinite or too large. Needs at most two shards and the largest matrix in memory, about 3 GB for the full-size model.
+    infinite or too large.
     """
     _require_libraries()
     on = device if device.type == "cuda" else torch.device("cpu")
@@ -175,7 +175,7 @@ class _StockConversion:
         return blocks, files
 
     def _convert_block(self, component: Component, spec: BlockSpec, shards: _Shards) -> BlockRecord:
-        """Hand a block's tensors to `shards`. Its record has the digest of what went in; of what came out, files have one."""
+        """Hand a block's tensors to `shards`. The record has no digest of what came out: the files have one each."""
         digest = hashlib.sha256()
         records = []
         for name in spec.source_tensors():
@@ -242,12 +242,12 @@ def _fits_nf4(rows: int, columns: int) -> bool:
 
 def _nf4(weight: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     rows, columns = weight.shape
     how: Mapping[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
     module = Linear4bit(columns, rows, bias=False, device="meta", **how)
-    unquantised = Params4bit(weight, requires_grad=False, blocksize=_NF4_BLOCK, module=module, **how)
+    unquantised: Any = Params4bit(weight, requires_grad=False, blocksize=_NF4_BLOCK, module=module, **how)
     module.weight = unquantised.to(weight.device)  # quantises
     return module.state_dict(prefix=f"{name}."), dequantize_4bit(module.weight.data, module.weight.quant_state)
 
@@ -293,7 +293,8 @@ def _bitsandbytes_config(component: Component) -> dict[str, Any]:
 def _quanto_config(_: Component) -> dict[str, Any]:
     from diffusers import QuantoConfig
 
-    return QuantoConfig(weights_dtype="int8", modules_to_not_convert=list(_DIT_KEPT)).to_dict()
+    config: Any = QuantoConfig(weights_dtype="int8", modules_to_not_convert=list(_DIT_KEPT))
+    return config.to_dict()
 
 
 _QUANTISED: Mapping[str, Callable[[Component], dict[str, Any]]] = {_AR: _bitsandbytes_config, _DIT: _quanto_config}
@@ -338,7 +339,7 @@ class _Shards:
         self._waiting.update(tensors)
 
     def finish(self) -> list[Path]:
-        """Write what is left, give the files their names, which tell how many they are, and return all that was written."""
+        """Write what is left, give the files their names, which tell how many there are, and return all of them."""
         self._write()
         count = len(self._names)
         if count == 1:

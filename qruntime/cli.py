@@ -211,13 +211,14 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
 def _open_pipeline(model: str | Path, device: str, vram: str, reporter: Reporter) -> GlmImagePipeline:
     """A pipeline that owns this process: a budget in gigabytes caps the allocator too."""
     from . import device as devices
+    from .memory.planner import CUDA_CONTEXT_BYTES
     from .pipeline import GlmImagePipeline
 
     pipe = GlmImagePipeline.from_pretrained(
         model, device=device, vram=vram, announce=lambda text: reporter.event("download", text)
     )
     if pipe.vram_bytes is not None:
-        devices.cap_memory(pipe.device, pipe.vram_bytes)
+        devices.cap_memory(pipe.device, pipe.vram_bytes - CUDA_CONTEXT_BYTES)
     name = str(pipe.dtype).removeprefix("torch.")
     where = devices.device_name(pipe.device)
     reporter.event("device", f"{where}, {name}, recipe {pipe.checkpoint.recipe}", device=str(pipe.device), dtype=name)

@@ -142,7 +142,7 @@ def cap_memory(device: torch.device, budget_bytes: int) -> None:
     """Make this process's allocator refuse to grow past `budget_bytes`. For programs that own their process."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_bytes, 0) / total), device)
 
 
 def release_cached(device: torch.device) -> None:

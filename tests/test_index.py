@@ -1,4 +1,4 @@
-"""The index finds what the safetensors library finds, takes nothing that the library refuses, and stays in its folder."""
+"""The index finds what the safetensors library finds, takes nothing that the library refuses, stays in its folder."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Weights are dequantised in row chunks, so that the float32 intermediate never ex
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     weight = torch.empty(q.shape, dtype=dtype, device=q.device)
     work = torch.promote_types(torch.float32, dtype)
     for rows in _row_chunks(*q.shape):
-        weight[rows] = (q[rows].to(work) * scale[rows, None].to(work)).to(dtype)
+        torch.mul(q[rows], scale[rows, None].to(work), out=weight[rows])
     return weight
 
 
@@ -55,8 +56,12 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return F.linear(x, dequantize_int8(q, scale, x.dtype), bias)
 
 
+@lru_cache(maxsize=32)
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The orthonormal Hadamard matrix of Sylvester's construction, [size, size], symmetric; size is a power of two."""
+    """The orthonormal Hadamard matrix of Sylvester's construction, [size, size], symmetric; size is a power of two.
+
+    Made once for each size, dtype and device: every rotated product of every step uses it.
+    """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
