@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             overwrite=args.overwrite,
             progress=show,
-            announce=lambda text: print(text, file=sys.stderr),
+            announce=_print_download if args.json else lambda text: print(text, file=sys.stderr),
         )
     except KeyboardInterrupt:
         kept = partial_folder(out).exists()
@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_event(progress: Progress) -> None:
     print(json.dumps({"event": "block", **dataclasses.asdict(progress)}), flush=True)
+
+
+def _print_download(text: str) -> None:
+    print(json.dumps({"event": "download", "text": text}), flush=True)
 
 
 def _print_result(result: ConversionResult, *, as_json: bool) -> None:
@@ -112,9 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m convert", description="Convert an official GLM-Image checkpoint into a quantised one."
     )
     add_arguments(parser)
+    args = parser.parse_args(arguments)
     try:
-        return run(parser.parse_args(arguments))
+        return run(args)
     except QruntimeError as error:
+        if args.json:
+            print(json.dumps({"event": "error", "message": error.message, "tip": error.tip}), flush=True)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 

@@ -91,8 +91,9 @@ class Journal:
         """Forget everything."""
         self._file.truncate(0)
 
-    def begin(self, head: dict[str, object]) -> None:
-        """Write the first line of an empty journal."""
+    def restart(self, head: dict[str, object]) -> None:
+        """Forget everything and begin with this head."""
+        self.clear()
         self._append(head)
 
     def append(self, record: BlockRecord) -> None:

@@ -52,7 +52,9 @@ def summary(report: Report) -> str:
     for name, *cells in rows:
         right = [cell.rjust(max(widths)) for cell, widths in zip(cells, others, strict=True)]
         lines.append("  ".join([name.ljust(max(first)), *right]))
-    tensors = [named for entries in report["tensors"].values() for named in entries.items() if named[1]["relative_error"]]
+    tensors = [
+        named for entries in report["tensors"].values() for named in entries.items() if named[1]["relative_error"]
+    ]
     tensors.sort(key=lambda named: named[1]["relative_error"], reverse=True)
     if tensors:
         lines.append("largest errors:")

@@ -107,6 +107,9 @@ def convert(
     """
     if recipe not in NAMES:
         raise InputError(f"recipe {recipe!r} is not known", f"use one of {', '.join(NAMES)}")
+    if recipe == STOCK and resume:
+        raise InputError(f"the recipe {STOCK} cannot be resumed", "start it again with --overwrite")
+    again = "try again" if recipe == STOCK else "add --resume"
     out = Path(os.path.abspath(out))
     on = devices.resolve_device(device)
     folder = locate(source, announce=announce or (lambda _: None))
@@ -115,18 +118,21 @@ def convert(
     if any(component.schemes.pairs for component in checkpoint.components.values()):
         raise InputError(f"{folder} is quantised, by recipe {checkpoint.recipe}", "convert the official checkpoint")
     name = source if is_hub_id(source) and not Path(source).is_dir() else folder_label(folder)
-    conversion = _Conversion(checkpoint, str(name), RECIPES[recipe], on, progress or (lambda _: None))
+    tell = progress or (lambda _: None)
     try:
+        if recipe == STOCK:
+            from .stock import convert_stock
+
+            return convert_stock(checkpoint, out, source_name=str(name), overwrite=overwrite, device=on, progress=tell)
+        conversion = _Conversion(checkpoint, str(name), RECIPES[recipe], on, tell)
         with staging(out, resume=resume, overwrite=overwrite) as stage:
             return conversion.run(stage)
     except OSError as error:
-        raise QruntimeError(
-            f"{error.filename or out} cannot be written: {error.strerror or error}", "mend that, then add --resume"
-        ) from None
+        raise QruntimeError(f"{error.filename or out}: {error.strerror or error}", f"mend that, then {again}") from None
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
-        raise QruntimeError(f"{on} ran out of memory", "free some of it, then add --resume") from None
+        raise QruntimeError(f"{on} ran out of memory", f"free some of it, then {again}") from None
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -185,8 +191,8 @@ class _Conversion:
     def _head(self) -> dict[str, object]:
         """Everything that the bytes of the output depend on."""
         return {
-            "tool": __version__,
             "recipe": self._recipe.name,
+            "tool": __version__,
             **self._environment,
             "arithmetic": f"{CHUNK_ELEMENTS} elements a chunk, {ITERATIONS} iterations",
             "source": self._fingerprint(),
@@ -211,7 +217,7 @@ class _Conversion:
         previous, records = stage.journal.read()
         stage.worth_keeping = bool(records)
         if previous is None:
-            stage.journal.begin(head)
+            stage.journal.restart(head)
         elif previous != head:
             key = next(key for key in (*head, *previous) if previous.get(key) != head.get(key))
             raise InputError(

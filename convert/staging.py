@@ -67,7 +67,10 @@ def staging(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Staging]:
     if os.path.lexists(folder) and not _is_staging(folder):
         raise InputError(f"{folder} is in the way: it is not what a conversion left", "rename it or remove it")
     left_over = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}", "choose another place for OUT") from None
     journal = _lock(folder, out)
     opened = Staging(out, journal)
     opened.worth_keeping = left_over

@@ -23,14 +23,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from qruntime import device as devices
@@ -40,7 +39,8 @@ from qruntime.checkpoint.manifest import FileRecord, record_file, write_manifest
 from qruntime.checkpoint.reader import Checkpoint, Component
 from qruntime.checkpoint.writer import byte_view
 from qruntime.errors import CheckpointError, InputError
-from qruntime.models.spec import BlockSpec, LinearSpec
+from qruntime.models.spec import BlockSpec, LinearSpec, align
+from qruntime.models.weights import TORCH_DTYPES
 
 from .blocks import CHUNK_ELEMENTS
 from .journal import BlockRecord, TensorRecord, flush
@@ -65,6 +65,11 @@ _NF4_ROWS = 32
 _AR_KEPT = ("lm_head", "model.visual", "model.vqmodel")
 _DIT_KEPT = ("linear", "linear_1", "linear_2", "proj_out")
 
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Stock loaders use int8 matrices where the file is mapped, and torch 2.13's product with them on CPUs with AVX512 crashes
+# unless they start at multiples of 16 bytes: they come first. The rest in safetensors' own order, wide dtypes first.
+_FILE_ORDER = (torch.int8, torch.float32, torch.bfloat16, torch.uint8)
+
 _Quantiser = Callable[[Tensor, str], tuple[dict[str, Tensor], Tensor]]
 """From a matrix [N, K] in bf16 and its module's name to the tensors of the state dict, and what they stand for."""
 
@@ -81,13 +86,13 @@ def convert_stock(
     """Quantise an opened, unquantised checkpoint into the folder `out`, which appears by one rename.
 
     `overwrite` replaces an existing `out`, or what a killed run left of it. Of devices only CUDA ones are used.
-    Raises `InputError` when the libraries are missing or `out` is in the way, `CheckpointError` for values that are NaN,
-    infinite or too large.
+    Raises `InputError` when the libraries are missing or `out` is in the way, `CheckpointError` for values that are
+    NaN, infinite or too large.
     """
     _require_libraries()
     on = device if device.type == "cuda" else torch.device("cpu")
     with staging(out, resume=False, overwrite=overwrite) as stage:
-        stage.journal.restart({"recipe": STOCK})  # so that no other recipe resumes this one
+        stage.journal.begin({"recipe": STOCK})  # so that no other recipe resumes this one
         return _StockConversion(source, source_name, on, progress).run(stage)
 
 
@@ -186,12 +191,11 @@ class _StockConversion:
             with torch.no_grad():
                 if quantiser is None:
                     restored = values.to(torch.bfloat16)
-                    parts, scheme = {name: restored}, {"type": "plain", "dtype": "BF16"}
+                    parts = {name: restored}
                 else:
                     weight = values.to(self._device, torch.bfloat16)
                     parts, restored = quantiser(weight, name.removesuffix(".weight"))
                     parts = {key: part.cpu() for key, part in parts.items()}
-                    scheme = _SCHEMES[quantiser]
                 squared_error, squared_norm = _compare(values, restored)
             if not math.isfinite(squared_error + squared_norm):
                 raise CheckpointError(
@@ -202,7 +206,7 @@ class _StockConversion:
             records.append(
                 TensorRecord(
                     name=name,
-                    scheme=dict(scheme),
+                    scheme=dict(_SCHEMES[quantiser]),
                     shape=stored.shape,
                     nbytes=sum(part.nbytes for part in parts.values()),
                     source_dtype=stored.dtype,
@@ -214,8 +218,13 @@ class _StockConversion:
         return BlockRecord(component.name, spec.name, digest.hexdigest(), "", tuple(records))
 
     def _config(self, name: str) -> bytes:
-        """A component's `config.json` as the stock loaders want it: bf16, and how its matrices are quantised."""
-        config = _in_bf16(read_json(self._source.path, f"{name}/config.json"))
+        """A component's `config.json` as the stock loaders want it.
+
+        Its `dtype` stays what it was: loaders that are told none choose it, and then the parts of the pipeline agree.
+        """
+        config = cast(
+            dict[str, Any], read_json(self._source.path, f"{name}/config.json")
+        )  # `Checkpoint.open` saw to it
         config.pop("quantization_config", None)  # of a folder re-laid by recipe none
         config.pop("auto_map", None)  # names code in the folder, which is not carried over
         if name in _QUANTISED:
@@ -248,8 +257,9 @@ def _nf4(weight: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
     how: Mapping[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
     module = Linear4bit(columns, rows, bias=False, device="meta", **how)
     unquantised: Any = Params4bit(weight, requires_grad=False, blocksize=_NF4_BLOCK, module=module, **how)
-    module.weight = unquantised.to(weight.device)  # quantises
-    return module.state_dict(prefix=f"{name}."), dequantize_4bit(module.weight.data, module.weight.quant_state)
+    quantised = unquantised.to(weight.device)  # this is what quantises
+    module.weight = quantised
+    return module.state_dict(prefix=f"{name}."), dequantize_4bit(quantised.data, quantised.quant_state)
 
 
 def _int8(weight: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -263,7 +273,8 @@ def _int8(weight: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
     return module.state_dict(prefix=f"{name}."), module.weight.dequantize()
 
 
-_SCHEMES: Mapping[_Quantiser, Mapping[str, object]] = {
+_SCHEMES: Mapping[_Quantiser | None, Mapping[str, object]] = {
+    None: {"type": "plain", "dtype": "BF16"},
     _nf4: {"type": "bitsandbytes nf4", "block_size": _NF4_BLOCK},
     _int8: {"type": "optimum-quanto int8"},
 }
@@ -298,16 +309,6 @@ def _quanto_config(_: Component) -> dict[str, Any]:
 
 
 _QUANTISED: Mapping[str, Callable[[Component], dict[str, Any]]] = {_AR: _bitsandbytes_config, _DIT: _quanto_config}
-
-
-def _in_bf16(config: Any) -> Any:
-    """A config in which every dtype that is named, at any depth, is bf16."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: "bfloat16" if key in ("dtype", "torch_dtype") and isinstance(value, str) else _in_bf16(value)
-        for key, value in config.items()
-    }
 
 
 def _compare(values: Tensor, restored: Tensor) -> tuple[float, float]:
@@ -360,15 +361,30 @@ class _Shards:
     def _write(self) -> None:
         self._names.append(list(self._waiting))
         self._nbytes += sum(tensor.nbytes for tensor in self._waiting.values())
-        _write(self._numbered(len(self._names)), save(self._waiting, metadata={"format": "pt"}))
+        tensors = sorted(self._waiting.items(), key=lambda named: _FILE_ORDER.index(named[1].dtype))
+        _write(self._numbered(len(self._names)), _header(tensors), *(byte_view(tensor) for _, tensor in tensors))
         self._waiting = {}
 
     def _numbered(self, number: int) -> Path:
         return self.folder / f"{self.stem}.{number}.part"
 
 
-def _write(path: Path, content: bytes) -> None:
+def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    """A safetensors header for tensors that follow each other without gaps; its own length is a multiple of 64."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(align(8 + len(text)) - 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(path: Path, *contents: bytes | memoryview) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
-        file.write(content)
+        for content in contents:
+            file.write(content)
         flush(file)

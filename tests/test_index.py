@@ -258,9 +258,17 @@ def test_a_header_longer_than_its_file_is_refused(folder: Path, length: int) -> 
     assert_refused(folder, f"has 10 bytes and announces a header of {length}")
 
 
-def test_too_many_tensors_are_refused(folder: Path) -> None:
-    header = {f"{i:x}": entry("U8", [0], 0, 0) for i in range(MAX_TENSORS + 1)}
+@pytest.mark.parametrize("prefix", ["", "__pad"])
+def test_too_many_tensors_are_refused(folder: Path, prefix: str) -> None:
+    header = {f"{prefix}{i:x}": entry("U8", [0], 0, 0) for i in range(MAX_TENSORS + 1)}
     put_together(folder / "m.safetensors", header, b"")
+    assert_refused(folder, f"over {MAX_TENSORS} tensors")
+
+
+def test_too_many_tensors_of_many_files_are_refused(folder: Path) -> None:
+    for i in (1, 2):
+        header = {f"{i}{k:x}": entry("U8", [0], 0, 0) for k in range(MAX_TENSORS // 2 + 1)}
+        put_together(folder / f"m-0000{i}-of-00002.safetensors", header, b"")
     assert_refused(folder, f"over {MAX_TENSORS} tensors")
 
 

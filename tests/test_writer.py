@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,7 @@ def test_shards_are_full() -> None:
     planned = [(spec, block_layout(spec, lambda _: PLAIN, "F32")) for spec in specs]
     shards = plan_shards(planned, 2000)
     assert len(shards) > 5
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in pairwise(shards):
         joined = plan_shards([(p.spec, p.layout) for p in (*shard.blocks, following.blocks[0])], 10**9)
         assert shard.nbytes <= 2000 < joined[0].nbytes
         assert len(shard.header) % ALIGNMENT == 0

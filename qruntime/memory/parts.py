@@ -73,7 +73,10 @@ class Parts:
 
     @contextmanager
     def phase(self, *used: Blocks[Any]) -> Iterator[None]:
-        """A phase that uses some parts: unless the plan keeps weights, they are given back when it ends."""
+        """A phase that uses some parts: unless the plan keeps weights, they are given back when it ends.
+
+        Memory that the phase only worked in goes back in any case: the next phase needs other sizes.
+        """
         try:
             yield
         finally:
@@ -82,7 +85,7 @@ class Parts:
                     blocks.release()
                 if self.ar_layers in used:
                     self._code_table = None
-                devices.release_cached(self.device)
+            devices.release_cached(self.device)
 
     def release(self) -> None:
         """Give all weights back."""

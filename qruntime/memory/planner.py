@@ -26,13 +26,13 @@ from .blocks import STREAM_SLOTS
 
 GB = 10**9
 MODES = ("resident", "swapped", "streamed")
-CUDA_CONTEXT_BYTES = 700 * 10**6  # driver context, cuBLAS and cuDNN workspaces: in the process's VRAM, in no tensor
+CUDA_CONTEXT_BYTES = 800 * 10**6  # driver context, cuBLAS and cuDNN workspaces: in the process's VRAM, in no tensor
 _PROMPT_TOKENS = 2048  # what a prompt is planned to take at most; longer ones are measured when they come
 
 # Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
 # benchmarks/LOG.md.
 _DENOISE_WIDTHS = 22  # tensors of [sequence, width] alive at the worst moment of a block
-_VAE_BYTES_A_PIXEL_ELEMENT = 2900  # elements alive a pixel of the picture at the worst moment of the VAE
+_VAE_ELEMENTS_A_PIXEL = 2250  # elements alive a pixel of the picture at the worst moment of the VAE
 _VISION_WIDTHS = 16
 
 
@@ -225,4 +225,4 @@ def _denoise_working(
 
 
 def _vae_working(sizes: Sizes, height: int, width: int) -> int:
-    return height * width * _VAE_BYTES_A_PIXEL_ELEMENT * sizes.element_bytes
+    return height * width * _VAE_ELEMENTS_A_PIXEL * sizes.element_bytes

@@ -1,8 +1,8 @@
 """Conversions killed by the system, without a chance to tidy up, and resumed.
 
-A process converts a tiny checkpoint and kills itself (SIGKILL, as `kill -9`) at a random one of the moments at which the disk
-changes: before and within every write of weights, journal and small files, before every flush, rename and removal. What is on
-the disk then is what a real kill leaves.
+A process converts a tiny checkpoint and is killed (SIGKILL, as `kill -9`) at a random one of the moments at which the
+disk changes: before and halfway through every write of weights and of the journal, before every flush, rename and
+removal. It kills itself, so that the seed decides the moment; what is on the disk then is what a real kill leaves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole conversions of tiny checkpoints, judged by what the stock safetensors library and plain numpy read from them."""
+"""Conversions of tiny checkpoints, judged by what the stock safetensors library and plain numpy read from them."""
 
 from __future__ import annotations
 
@@ -451,7 +451,9 @@ def test_gaussian_weights_lose_no_more_than_promised(tmp_path: Path, scheme: Sch
     assert limit / 3 < found <= limit
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int4", group_size=32), Scheme("int8", rotation=64), Scheme("plain")], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int4", group_size=32), Scheme("int8", rotation=64), Scheme("plain")], ids=str
+)
 def test_neither_alignment_nor_the_chunk_changes_a_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Scheme
 ) -> None:

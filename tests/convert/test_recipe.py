@@ -173,7 +173,9 @@ def test_asking_for_help_loads_no_torch() -> None:
         "add_arguments(parser); args = parser.parse_args(['a', 'b']);"
         "import json; print(json.dumps([vars(args), 'torch' in sys.modules]))"
     )
-    printed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     arguments, torch_is_loaded = json.loads(printed)
     assert arguments == {
         "source": "a", "out": "b", "recipe": DEFAULT, "resume": False, "overwrite": False, "json": False

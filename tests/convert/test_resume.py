@@ -1,4 +1,4 @@
-"""Conversions that were stopped, and went on: nothing is done twice, and the result is the one of an uninterrupted run."""
+"""Conversions that were stopped and went on: nothing is done twice, and the result is that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_a_torn_head_means_that_nothing_was_done(
     assert tree(out) == whole
 
 
-@pytest.mark.parametrize("junk", [b"[]\n", b"{}\n", b'{"tensors": [{}]}\n', b"\xff\xfe\n", b'{"tensors": [], "a": 1}\n', b"\n"])
+@pytest.mark.parametrize(
+    "junk", [b"[]\n", b"{}\n", b'{"tensors": [{}]}\n', b"\xff\xfe\n", b'{"tensors": [], "a": 1}\n', b"\n"]
+)
 def test_the_journal_ends_at_what_is_no_record(tmp_path: Path, official: Official, junk: bytes) -> None:
     out = tmp_path / "out"
     path = stopped(official("base"), out, 3) / FILE_NAME
@@ -131,9 +133,7 @@ def test_a_block_whose_bytes_were_damaged_is_done_again(
     assert tree(out) == whole
 
 
-def test_what_a_crash_left_unwritten_is_done_again(
-    official: Official, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_what_a_crash_left_unwritten_is_done_again(official: Official, tmp_path: Path, whole: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     partial = stopped(official("base"), out, 12)
     shutil.rmtree(partial / "vae")
@@ -326,3 +326,37 @@ def test_killed_while_replacing_nothing_is_lost(
             convert(official("base"), out)
     assert tree(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_block_is_on_disk_before_the_journal_says_so(
+    official: Official, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    fsync, append, blocks = os.fsync, Journal.append, []
+
+    def remember(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def entered(self: Journal, record: Any) -> None:
+        weights = {path.stat().st_ino: path.parent.name for path in (tmp_path / "out.partial").rglob("*.safetensors")}
+        assert weights[flushed[-1]] == record.component
+        append(self, record)
+        assert flushed[-1] not in weights
+        blocks.append(record.block)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(Journal, "append", entered)
+    convert(official("base"), tmp_path / "out")
+    assert len(blocks) == BLOCKS
+
+
+def test_stock_is_not_resumed(official: Official, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stock cannot be resumed"):
+        convert(official("base"), tmp_path / "out", recipe="stock", resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_wrong_input(official: Official, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        convert(official("base"), tmp_path / "file" / "out")

@@ -1,0 +1,33 @@
+"""Fixtures of the parity tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .ours import Runtime
+
+
+@pytest.fixture(scope="session")
+def runtime(official: Callable[..., Path]) -> Callable[..., Runtime]:
+    """`runtime(variant="base", **options)` is ours over the checkpoint that `official` and `reference` give."""
+
+    @functools.cache
+    def opened(variant: str = "base", **options: Any) -> Runtime:
+        return Runtime.open(official(variant, **options))
+
+    return opened
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which is when torch fills such memory
+    yield
+    torch.use_deterministic_algorithms(before)
