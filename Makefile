@@ -22,8 +22,8 @@ lint:
 	$(BIN)/mypy
 
 bench:
-	$(PYTHON) setup_env.py reference peers bench
-	$(BIN)/python -m benchmarks run --suite quick
+	$(PYTHON) setup_env.py
+	$(BIN)/python -m benchmarks.full_size build/bench --small --sizes 256x256 --steps 4 --out build/bench/results.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

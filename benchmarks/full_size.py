@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from qruntime.pipeline import GlmImagePipeline, PipelineOutput
 
 PROMPT_TOKENS = 1000  # the random tokenizer has one token a byte
 POLL_S = 0.05
+TABLE_COLUMNS = (
+    *("recipe", "steps", "encode", "draft", "denoise", "decode", "all"),
+    *("ms a token", "ms a step", "tensors' peak", "process"),
+)
 
 
 def main() -> int:
@@ -38,6 +43,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="*", default=["1024x1024"], metavar="WxH")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--budgets", nargs="*", default=[], metavar="GB", help="draw again, briefly, within these")
+    parser.add_argument("--small", action="store_true", help="a checkpoint of a few megabytes, to try the script")
     parser.add_argument("--commit", default="", help="noted in the results, where git is not at hand")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -48,7 +54,7 @@ def main() -> int:
     if not (source / "complete").exists():
         shutil.rmtree(source, ignore_errors=True)
         began = time.monotonic()
-        write_random(source, full_size=True, device=device, announce=_say)
+        write_random(source, full_size=not args.small, device=device, announce=_say)
         (source / "complete").touch()
         _say(f"wrote {_bytes_of(source) / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")
         devices.release_cached(device)
@@ -175,6 +181,25 @@ class _ProcessMemory:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def markdown_table(files: Sequence[Path]) -> str:
+    """The whole pictures in results files as the table of the README."""
+    lines = [
+        f"| {' | '.join(TABLE_COLUMNS)} |",
+        f"|---|{'---:|' * (len(TABLE_COLUMNS) - 1)}",
+    ]
+    for path in files:
+        for row in json.loads(path.read_text("utf-8"))["rows"]:
+            if not row["case"].startswith("text-to-image"):
+                continue
+            seconds = [row["stages"][name]["seconds"] for name in ("encode", "draft", "denoise", "decode")]
+            cells = [f"`{row['recipe']}`", str(row["steps"])]
+            cells += [f"{value:.1f} s" for value in (*seconds, row["seconds"])]
+            cells += [f"{row['ms_per_token']:.1f}", f"{row['ms_per_step']:.0f}"]
+            cells += [f"{row[key] / 1e9:.1f} GB" for key in ("peak_vram_bytes", "process_vram_bytes")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _machine(device: torch.device, commit: str) -> dict[str, Any]:

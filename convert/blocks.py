@@ -84,11 +84,8 @@ def block_sha256(file: BinaryIO, placed: PlacedBlock) -> str:
     """The digest of a block's bytes as they are in the file."""
     digest = hashlib.sha256()
     file.seek(placed.offset)
-    left = placed.layout.nbytes
-    while left:
-        read = file.read(min(left, _READ_BYTES))
-        digest.update(read)
-        left -= len(read)
+    for start in range(0, placed.layout.nbytes, _READ_BYTES):
+        digest.update(file.read(min(_READ_BYTES, placed.layout.nbytes - start)))
     return digest.hexdigest()
 
 

@@ -24,7 +24,15 @@ from qruntime import __version__
 from qruntime import device as devices
 from qruntime.checkpoint.hub import is_hub_id, is_wanted, locate, require_free
 from qruntime.checkpoint.index import checked_file, file_names, read_json
-from qruntime.checkpoint.manifest import MANIFEST, FileRecord, folder_label, read_manifest, record_file, write_manifest
+from qruntime.checkpoint.manifest import (
+    MANIFEST,
+    FileRecord,
+    check_manifest,
+    folder_label,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
 from qruntime.checkpoint.writer import Shard, open_shard, plan_shards
 from qruntime.errors import InputError, QruntimeError
@@ -186,6 +194,7 @@ class _Conversion:
         made = (manifest.source_name, manifest.recipe, dict(manifest.environment))
         if made != (self._source_name, self._recipe.name, self._environment):
             raise InputError(f"{stage.folder} was made of another source, recipe or device", "add --overwrite")
+        check_manifest(stage.folder)
         return True
 
     def _head(self) -> dict[str, object]:

@@ -40,7 +40,7 @@ from qruntime.checkpoint.reader import Checkpoint, Component
 from qruntime.checkpoint.writer import byte_view
 from qruntime.errors import CheckpointError, InputError
 from qruntime.models.spec import BlockSpec, LinearSpec, align
-from qruntime.models.weights import TORCH_DTYPES
+from qruntime.models.weights import DTYPE_NAMES
 
 from .blocks import CHUNK_ELEMENTS
 from .journal import BlockRecord, TensorRecord, flush
@@ -65,9 +65,8 @@ _NF4_ROWS = 32
 _AR_KEPT = ("lm_head", "model.visual", "model.vqmodel")
 _DIT_KEPT = ("linear", "linear_1", "linear_2", "proj_out")
 
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# Stock loaders use int8 matrices where the file is mapped, and torch 2.13's product with them on CPUs with AVX512 crashes
-# unless they start at multiples of 16 bytes: they come first. The rest in safetensors' own order, wide dtypes first.
+# Stock loaders use int8 matrices where the file is mapped, and torch 2.13's product with them on CPUs with AVX512
+# crashes unless they start at multiples of 16 bytes: they come first. The rest goes as in safetensors, wide dtypes first.
 _FILE_ORDER = (torch.int8, torch.float32, torch.bfloat16, torch.uint8)
 
 _Quantiser = Callable[[Tensor, str], tuple[dict[str, Tensor], Tensor]]
@@ -92,7 +91,7 @@ def convert_stock(
     _require_libraries()
     on = device if device.type == "cuda" else torch.device("cpu")
     with staging(out, resume=False, overwrite=overwrite) as stage:
-        stage.journal.begin({"recipe": STOCK})  # so that no other recipe resumes this one
+        stage.journal.restart({"recipe": STOCK})  # so that no other recipe resumes this one
         return _StockConversion(source, source_name, on, progress).run(stage)
 
 
@@ -375,7 +374,7 @@ def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
     end = 0
     for name, tensor in tensors:
         start, end = end, end + tensor.nbytes
-        dtype = _DTYPE_NAMES[tensor.dtype]
+        dtype = DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(align(8 + len(text)) - 8)

@@ -8,17 +8,19 @@ failed while running, 2 wrong input. Torch is imported only by the commands that
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import InputError, QruntimeError
-from .request import GenerateRequest
+from .request import MAX_SOURCE_PICTURES, GenerateRequest
 
 if TYPE_CHECKING:
     from .events import Progress
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 GB = 10**9
 HUB_ID = "zai-org/GLM-Image"
+MAX_SIZE_CHARS = 40  # Python refuses to read numbers of thousands of digits
 _DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
 
 
@@ -77,26 +80,34 @@ class Reporter:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    reporter = Reporter("--json" in words)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name or prompt may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has said why; 0 after --help
-        return int(stop.code or 0)
-    reporter = Reporter(getattr(args, "json", False))
-    try:
+        args = _parser().parse_args(words)
         return int(args.run(args, reporter))
+    except SystemExit as stop:  # after --help and --version
+        return int(stop.code or 0)
     except QruntimeError as error:
         reporter.error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        reporter.error(QruntimeError("stopped by the user", "nothing was written"))
+        reporter.error(QruntimeError("stopped by the user"))
         return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says of a wrong argument what is said of any wrong input: one line and a tip."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message:.300}", f"see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
     from qruntime.convert import __main__ as converter
 
-    parser = argparse.ArgumentParser(prog="qruntime", description="GLM-Image, quantised, on the machine you have.")
+    parser = _Parser(prog="qruntime", description="GLM-Image, quantised, on the machine you have.")
     parser.add_argument("--version", action="version", version=f"qruntime {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -172,7 +183,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[int, int]:
     """`WxH` as (width, height)."""
     width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
+    if not (cross and width.isdecimal() and height.isdecimal() and len(text) <= MAX_SIZE_CHARS):
         raise InputError(f"size {text!r:.40} is not WIDTHxHEIGHT", "use for example 1024x1024")
     return int(width), int(height)
 
@@ -237,6 +248,8 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     from .pipeline import vram_bytes
 
     width, height = _size(args.size)
+    if not 0 <= args.sources <= MAX_SOURCE_PICTURES:
+        raise InputError(f"{args.sources} source pictures are outside 0 to {MAX_SOURCE_PICTURES}", "give fewer")
     sources = ("source",) * args.sources
     request = GenerateRequest(prompt="", images=sources, height=height, width=width)
     checkpoint = Checkpoint.open(args.model)
@@ -265,9 +278,15 @@ def _info(args: argparse.Namespace, reporter: Reporter) -> int:
     from .media import read_metadata
 
     found = read_metadata(path)
-    text = json.dumps(found["qruntime"], indent=1, ensure_ascii=False) if "qruntime" in found else found["parameters"]
+    text = _for_terminal(found["qruntime"]) if "qruntime" in found else found["parameters"]
     reporter.result(text, **found)
     return 0
+
+
+def _for_terminal(value: Any) -> str:
+    """JSON with its letters as they are, and escapes for what could steer a terminal: anyone may have written it."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _info_folder(path: Path, reporter: Reporter) -> int:
@@ -303,6 +322,8 @@ def _doctor(args: argparse.Namespace, reporter: Reporter) -> int:
 
 def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
     """Make a tiny checkpoint, convert it and draw from both: everything the real model goes through, in seconds."""
+    import torch
+
     from qruntime.convert.run import convert
 
     from .checkpoint.synthetic import write_random
@@ -312,6 +333,7 @@ def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
     request = GenerateRequest(prompt=args.prompt, height=256, width=256, num_inference_steps=10, seed=0)
     files: dict[str, str] = {}
     seconds: dict[str, float] = {}
+    torch.set_num_threads(1)  # products this small gain nothing by a second thread, and lose tenfold on a busy machine
     with tempfile.TemporaryDirectory() as folder:
         official, converted = Path(folder, "official"), Path(folder, "balanced")
         write_random(official, full_size=False)
@@ -330,7 +352,7 @@ def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
         "",
         "This tiny model has random weights: it runs the whole way and draws noise. The real one:",
         f"  qruntime convert {HUB_ID} glm-image-balanced      (downloads 35.8 GB, writes about 16 GB)",
-        f"  qruntime generate {args.prompt!r} --model glm-image-balanced",
+        f"  qruntime generate {shlex.quote(args.prompt)} --model glm-image-balanced",
     ]
     reporter.result("\n".join(lines), files=files, seconds=seconds, bytes=sizes)
     return 0

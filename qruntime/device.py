@@ -20,12 +20,12 @@ GB = 10**9
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """`auto`, `cpu`, `mps`, `cuda` or `cuda:N` as a device that exists here.
+def resolve_device(name: str | int | torch.device = "auto") -> torch.device:
+    """`auto`, `cpu`, `mps`, `cuda`, `cuda:N` or N as a device that exists here.
 
     Raises `InputError` when it does not.
     """
-    text = str(name)
+    text = f"cuda:{name}" if isinstance(name, int) else str(name)
     if text == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -161,9 +161,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    )
+    text = str(error).lower()
+    said = "out of memory" in text or "can't allocate memory" in text  # the CPU's allocator says the latter
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def pinned_empty(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 AUTO_MARGIN_BYTES = GB // 2  # left to other programs when the budget is what is free
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class GlmImagePipeline:
         cls,
         model: str | Path,
         *,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         vram: str | float = "auto",
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -118,7 +119,8 @@ class GlmImagePipeline:
         float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
         Weights are loaded when first used. Raises `InputError` or `CheckpointError`.
         """
-        found = devices.resolve_device(_one_of("device", device, "device_map", _device_of(device_map)) or "auto")
+        named = _one_of("device", device, "device_map", _device_of(device_map))
+        found = devices.resolve_device("auto" if named is None else named)
         precision = devices.resolve_dtype(_one_of("dtype", dtype, "torch_dtype", torch_dtype), found)
         folder = locate(model, announce=announce, revision=revision)
         return cls(Checkpoint.open(folder), found, precision, vram_bytes(vram))
@@ -191,6 +193,8 @@ class GlmImagePipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type {output_type!r} is not known", f"use one of {', '.join(OUTPUT_TYPES)}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError("callback_on_step_end cannot be called", "pass a function or None")
         if generator is not None:
             seed = _one_of("seed", seed, "generator", _generator_seed(generator))
         jobs: list[_Job] = []
@@ -256,10 +260,7 @@ class GlmImagePipeline:
             with self._stage(events, "denoise", steps):
                 self._denoise(jobs, events, callback)
             latents = torch.cat([_required(job.latents) for job in jobs])
-            if not torch.isfinite(latents).all():
-                raise QruntimeError(
-                    "the latents hold NaN or infinite values", "check the checkpoint with `qruntime info DIR`"
-                )
+            _require_finite(latents, "the latents hold")
             images: Any = latents
             if output_type != "latent":
                 with self._stage(events, "decode", pictures):
@@ -380,6 +381,7 @@ class GlmImagePipeline:
                     states = ar.run_layers(layers, text, table[code], at, cache, len(ids) + index)
                     logits = ar.logits(head, text, states)
                 events.advance()
+            _require_finite(logits, "the draft's logits hold")  # a NaN stays in the cache: the last token has it too
             drafts.append(codes[prompt.preview_tokens :].cpu())
         return torch.stack(drafts)
 
@@ -423,7 +425,8 @@ class GlmImagePipeline:
             if callback is not None:
                 changed = callback(self, step, sigmas[step], {"latents": latents})
                 if changed and "latents" in changed:
-                    latents = changed["latents"].to(device=self.device, dtype=torch.float32)
+                    theirs = _checked_latents(changed["latents"], tuple(latents.shape))
+                    latents = theirs.to(device=self.device, dtype=torch.float32)
         return latents
 
     def _starting_latents(self, job: _Job) -> Tensor:
@@ -464,7 +467,7 @@ class GlmImagePipeline:
         """Keys and values of all source pictures, joined, a block."""
         parts, config = self._parts, self.checkpoint.dit
         stem = parts.dit_stem.single()
-        found = []
+        found: list[list[tuple[Tensor, Tensor]]] = []
         for index, source in enumerate(job.sources):
             rows, columns = (2 * side for side in source.grid)
             prior = stem.prior(parts.embed_prior(_upsample(_required(source.codes)[None], *source.grid)[0]))
@@ -472,10 +475,13 @@ class GlmImagePipeline:
             rope = dit.rope_tables(config, rows, columns, self.device)
             latents = _required(source.latents)
             found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents, prior, modulation, rope))
-        return [
-            (torch.cat([keys for keys, _ in block], dim=1), torch.cat([values for _, values in block], dim=1))
-            for block in zip(*found, strict=True)
-        ]
+        if len(found) == 1:
+            return found[0]
+        joined = []
+        while found[0]:  # gigabytes in all: what is joined goes at once
+            block = [pairs.pop(0) for pairs in found]
+            joined.append((torch.cat([keys for keys, _ in block], dim=1), torch.cat([v for _, v in block], dim=1)))
+        return joined
 
     def _times(self, timesteps: list[int]) -> Tensor:
         return torch.tensor(timesteps, dtype=torch.float32, device=self.device)
@@ -488,7 +494,9 @@ class GlmImagePipeline:
         with parts.phase(parts.vae_decoder):
             decoder = parts.vae_decoder.single()
             for picture in latents.to(self.dtype).split(1):
-                pictures.append((decoder(picture).float() / 2 + 0.5).clamp(0, 1).cpu())
+                pixels = decoder(picture).float()
+                _require_finite(pixels, "the decoded picture holds")
+                pictures.append((pixels / 2 + 0.5).clamp(0, 1).cpu())
                 events.advance()
         return torch.cat(pictures)
 
@@ -527,9 +535,11 @@ def _split_inputs(
     """Check given noise and codes against the pictures asked for, and deal them to the jobs."""
     pictures = sum(job.request.num_images_per_prompt for job in jobs)
     shape = _latent_shape(checkpoint, jobs[0].request)
-    if latents is not None and tuple(latents.shape) != (pictures, *shape):
-        raise InputError(f"latents have shape {list(latents.shape)}, not {[pictures, *shape]}", "see the docstring")
+    if latents is not None:
+        latents = _checked_latents(latents, (pictures, *shape))
     if prior_token_ids is not None:
+        if not isinstance(prior_token_ids, Tensor) or prior_token_ids.dtype not in _INTEGERS:
+            raise InputError("prior_token_ids are no tensor of integers", "give the codes of an earlier picture")
         tokens, codebook = 4 * math.prod(jobs[0].request.token_grid), checkpoint.dit.codebook_size
         if (
             prior_token_ids.dim() != 2
@@ -541,9 +551,10 @@ def _split_inputs(
                 "give the upsampled codes of an earlier picture of this size",
             )
         prior_token_ids = prior_token_ids.long().cpu().expand(pictures, -1)
-        if prior_token_ids.min() < 0 or prior_token_ids.max() >= codebook:
+        least, most = int(prior_token_ids.min()), int(prior_token_ids.max())
+        if least < 0 or most >= codebook:
             raise InputError(
-                f"prior_token_ids hold {int(prior_token_ids.max())}, and codes are 0 to {codebook - 1}",
+                f"prior_token_ids hold {least if least < 0 else most}, and codes are 0 to {codebook - 1}",
                 "give the codes of an earlier picture",
             )
     start = 0
@@ -552,6 +563,22 @@ def _split_inputs(
         job.latents = None if latents is None else latents[start:stop]
         job.prior_token_ids = None if prior_token_ids is None else prior_token_ids[start:stop]
         start = stop
+
+
+def _checked_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
+    """Latents from the caller, once they are a finite tensor of this shape."""
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents are of type {type(latents).__name__}", f"give a tensor of shape {list(shape)}")
+    if tuple(latents.shape) != shape:
+        raise InputError(f"latents have shape {list(latents.shape)}, not {list(shape)}", "see the docstring")
+    if not torch.isfinite(latents).all():
+        raise InputError("latents hold NaN or infinite values", "give finite numbers")
+    return latents
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise QruntimeError(f"{what} NaN or infinite values", "check the checkpoint with `qruntime info DIR`")
 
 
 def _prompts_with_images(prompt: Any, image: Any) -> list[tuple[str, tuple[Any, ...]]]:
@@ -579,7 +606,7 @@ def _device_of(device_map: str | Mapping[str, Any] | None) -> Any:
     """The device that diffusers' `device_map` names; its placing strategies mean "auto" here, where the plan
     decides."""
     if isinstance(device_map, Mapping):
-        found = {str(value) for value in device_map.values()}
+        found = set(device_map.values())
         if len(found) != 1:
             raise InputError(f"device_map names {len(found)} devices", "one device is used: give device= instead")
         return found.pop()

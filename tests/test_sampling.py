@@ -97,6 +97,12 @@ def test_draws_pass_a_chi_square_test_against_the_stock_softmax() -> None:
     assert statistic(uniforms(123, count) ** 1.1) > bound  # draws a little off are told apart
 
 
+@pytest.mark.parametrize("top_p", [0.125, 0.25, 0.5, 0.75])
+def test_a_sum_that_meets_top_p_exactly_is_cut_as_in_transformers(top_p: float) -> None:
+    weights, _ = ranked_weights(torch.zeros(1, 8), 1.0, None, top_p)
+    assert (weights > 0).sum() == (stock_probabilities(torch.zeros(1, 8), 1.0, None, top_p, codes=8) > 0).sum()
+
+
 def test_ties_at_the_top_k_boundary_stay_as_in_transformers() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, :4] = 2.0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..checkpoint.reader import Checkpoint
+from ..errors import CheckpointError
 from ..models import ar, dit, glyph, vae, vision
 from ..models.weights import Weights
 from .blocks import Blocks, Loader
@@ -97,8 +98,7 @@ class Parts:
     def embed_text(self, ids: Tensor) -> Tensor:
         """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays
         in its file."""
-        table = self.checkpoint.components["vision_language_encoder"].tensor("model.language_model.embed_tokens.weight")
-        return table[ids].to(device=self.device, dtype=self.dtype)
+        return self._rows("vision_language_encoder", "model.language_model.embed_tokens.weight", ids)
 
     def code_table(self) -> Tensor:
         """The embedding rows of the image codes, [codebook, hidden], on the device."""
@@ -108,5 +108,11 @@ class Parts:
 
     def embed_prior(self, ids: Tensor) -> Tensor:
         """Rows of the diffusion transformer's prior table for ids [N] on the host: [N, width] on the device."""
-        table = self.checkpoint.components["transformer"].tensor("prior_token_embedding.weight")
-        return table[ids].to(device=self.device, dtype=self.dtype)
+        return self._rows("transformer", "prior_token_embedding.weight", ids)
+
+    def _rows(self, component: str, name: str, ids: Tensor) -> Tensor:
+        """Rows of a table that stays in its file; checked for NaN, since no loader sees the whole of it."""
+        rows = self.checkpoint.components[component].tensor(name)[ids]
+        if not torch.isfinite(rows).all():
+            raise CheckpointError(f"{component}: {name} holds NaN or infinite values", "fetch the checkpoint again")
+        return rows.to(device=self.device, dtype=self.dtype)

@@ -220,8 +220,9 @@ def _denoise_working(
     passes = 2 if request.guided else 1
     sequence = passes * (tokens(request.height, request.width) + _PROMPT_TOKENS // 8)
     condition = 2 * config.num_layers * sum(tokens(*side) for side in sides)  # rows of keys and values
+    priors = request.num_images_per_prompt * tokens(request.height, request.width)  # each picture has its own
     tables = config.num_layers * (request.num_inference_steps + len(sides)) * CHUNKS
-    return (sequence * _DENOISE_WIDTHS + condition + tables) * row + sizes.dequantized_bytes
+    return (sequence * _DENOISE_WIDTHS + condition + priors + tables) * row + sizes.dequantized_bytes
 
 
 def _vae_working(sizes: Sizes, height: int, width: int) -> int:

@@ -24,6 +24,8 @@ import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+from qruntime.ops.reference import hadamard
+
 MPS = torch.device("mps", 0)
 CPU = torch.device("cpu")
 MEMORY_BYTES = 16 * 10**9
@@ -353,4 +355,7 @@ def emulated() -> Iterator[Emulation]:
         # Makes `torch.tensor(..., device="mps")` build on the CPU and copy through the dispatcher.
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifting)
         torch._C._set_only_lift_cpu_tensors(True)
+        # The one tensor that outlives a call: none from before, and none of ours after.
+        hadamard.cache_clear()
+        stack.callback(hadamard.cache_clear)
         yield stack.enter_context(Emulation())

@@ -52,6 +52,22 @@ def changed_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Iterator[No
         yield
 
 
+def tensors_without_effect(
+    runtime: Runtime, names: Sequence[str], answer: Callable[[Runtime], Tensor], wanted: Tensor
+) -> list[str]:
+    """Which of the tensors could be wrong without a parity test noticing.
+
+    Each in turn is changed in the checkpoint, and `answer` asked again; it must leave `wanted` by over the tolerance.
+    """
+    unnoticed = []
+    for name in names:
+        with changed_tensor(name, nudged):
+            found = answer(runtime.afresh())
+        if not difference(found, wanted) > TOLERANCE:
+            unnoticed.append(name)
+    return unnoticed
+
+
 def nudged(stored: Tensor) -> Tensor:
     """A tensor with its first half moved by a tenth of its scale: one wrong slice, not a wrong file."""
     rows = stored.view(-1)
@@ -79,6 +95,15 @@ class Runtime:
             vocab_size=config.text.vocab_size,
         )
         return Runtime(checkpoint, Parts(checkpoint, CPU, torch.float32), tokenizer)
+
+    def afresh(self) -> Runtime:
+        """The same checkpoint with no weight loaded yet."""
+        return replace(self, parts=Parts(self.checkpoint, CPU, torch.float32))
+
+    def tensor_names(self, component: str, *kinds: str) -> list[str]:
+        """Every tensor of the blocks of some kinds."""
+        specs = self.checkpoint.components[component].specs.values()
+        return [name for spec in specs if spec.kind in kinds for name in spec.source_tensors()]
 
     def prompt(self, text: str, height: int, width: int, images: Sequence[Image.Image] = ()) -> ArPrompt:
         request = GenerateRequest(text, height=height, width=width)

@@ -1,0 +1,63 @@
+"""The README's promises that can be checked: its figures, its commands and its Python."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.full_size import markdown_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def _rows() -> list[dict]:
+    return [row for path in RESULTS for row in json.loads(path.read_text("utf-8"))["rows"]]
+
+
+def test_the_table_of_measurements_is_the_one_that_the_results_files_make():
+    assert markdown_table(RESULTS) in README
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "quality"])
+def test_folder_sizes_are_those_that_were_converted(recipe: str):
+    (row,) = [row for row in _rows() if row["case"] == "convert" and row["recipe"] == recipe]
+    assert re.search(rf"\| `{recipe}` \| {row['folder_bytes'] / 1e9:.1f} GB \|", README)
+
+
+def test_the_converter_took_no_more_memory_than_is_said():
+    peaks = [row["rss_anon_peak_bytes"] for row in _rows() if row["case"] == "convert"]
+    assert 0 < max(peaks) < 0.8e9
+    assert "under 0.8 GB" in README
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+def test_the_python_example_runs(official, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(official("base"), "glm-image")
+    small = code.group(1).replace("height=1024, width=1024", "height=64, width=64, num_inference_steps=2")
+    assert small != code.group(1)
+    exec(compile(small, "README.md", "exec"), {})
+    assert Path("sign.png").stat().st_size > 0
+    assert capsys.readouterr().out.startswith("7 {")
+
+
+def test_every_command_line_of_the_readme_is_understood():
+    from qruntime.cli import _parser
+
+    commands = re.findall(r"^qruntime (.+?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        words = [a or b for a, b in re.findall(r"'([^']*)'|(\S+)", command)]
+        assert callable(_parser().parse_args(words).run)
