@@ -114,7 +114,7 @@ def _draw(pipe: GlmImagePipeline, recipe: str, width: int, height: int, steps: i
         "stages": stages,
         "ms_per_token": 1e3 * stages["draft"]["seconds"] / stages["draft"]["units"],
         "ms_per_step": 1e3 * stages["denoise"]["seconds"] / stages["denoise"]["units"],
-        "peak_vram_bytes": max(stage["peak_bytes"] for stage in stages.values()),
+        "peak_vram_bytes": max(stage["peak_bytes"] or 0 for stage in stages.values()),
         "process_vram_bytes": memory.peak_bytes,
     }
 

@@ -66,7 +66,7 @@ _AR_KEPT = ("lm_head", "model.visual", "model.vqmodel")
 _DIT_KEPT = ("linear", "linear_1", "linear_2", "proj_out")
 
 # Stock loaders use int8 matrices where the file is mapped, and torch 2.13's product with them on CPUs with AVX512
-# crashes unless they start at multiples of 16 bytes: they come first. The rest goes as in safetensors, wide dtypes first.
+# crashes unless they start at multiples of 16 bytes: they come first. The rest goes by width, as safetensors has it.
 _FILE_ORDER = (torch.int8, torch.float32, torch.bfloat16, torch.uint8)
 
 _Quantiser = Callable[[Tensor, str], tuple[dict[str, Tensor], Tensor]]

@@ -248,7 +248,7 @@ class GlmImagePipeline:
             progress=progress,
             cancel=cancel,
             reset_peak=lambda: devices.reset_peak(self.device),
-            peak_bytes=lambda: devices.peak_bytes(self.device),
+            peak_bytes=None if devices.kind(self.device) == "cpu" else lambda: devices.peak_bytes(self.device),
         )
         self._parts.follow(chosen, events.check)
         with devices.exact_arithmetic(self.device):

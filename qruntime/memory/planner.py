@@ -27,7 +27,9 @@ from .blocks import STREAM_SLOTS
 GB = 10**9
 MODES = ("resident", "swapped", "streamed")
 CUDA_CONTEXT_BYTES = 800 * 10**6  # driver context, cuBLAS and cuDNN workspaces: in the process's VRAM, in no tensor
-_PROMPT_TOKENS = 2048  # what a prompt is planned to take at most; longer ones are measured when they come
+_UNKNOWN_PROMPT_TOKENS = 2048  # planned for where there is no prompt yet; else a token is at least a byte of it
+_GLYPH_TOKENS = 2048  # of one quoted text; longer ones are cut
+_SCAFFOLD_TOKENS = 64  # around the text of a prompt
 
 # Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
 # benchmarks/LOG.md.
@@ -167,7 +169,7 @@ def _phases(
 ) -> tuple[Phase, ...]:
     edit = bool(sides)
     dit_weights = sizes.dit_stem + (STREAM_SLOTS * sizes.dit_slot if mode == "streamed" else sizes.dit_blocks)
-    phases = [Phase("encode text", sizes.glyph, _glyph_working(checkpoint, sizes))]
+    phases = [Phase("encode text", sizes.glyph, _glyph_working(checkpoint, sizes, request))]
     if edit:
         phases.append(
             Phase("encode codes", sizes.vision, max(_vision_working(checkpoint, sizes, *side) for side in sides))
@@ -184,9 +186,14 @@ def _phases(
     return tuple(Phase(phase.name, everything, phase.working_bytes) for phase in phases)
 
 
-def _glyph_working(checkpoint: Checkpoint, sizes: Sizes) -> int:
+def _prompt_tokens(request: GenerateRequest) -> int:
+    """At most so many tokens, without a tokenizer."""
+    return len(request.prompt.encode()) + _SCAFFOLD_TOKENS if request.prompt else _UNKNOWN_PROMPT_TOKENS
+
+
+def _glyph_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
     heads = checkpoint.glyph.num_heads
-    return _PROMPT_TOKENS**2 * heads * (4 + 3 * sizes.element_bytes)
+    return min(_prompt_tokens(request), _GLYPH_TOKENS) ** 2 * heads * (4 + 3 * sizes.element_bytes)
 
 
 def _vision_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:
@@ -199,7 +206,7 @@ def _vision_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: in
 def _draft_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
     text = checkpoint.ar.text
     source_tokens = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) + 2 for h, w in sides)
-    prompt = _PROMPT_TOKENS + source_tokens
+    prompt = _prompt_tokens(request) + source_tokens
     capacity = cache_capacity(prompt + request.draft_tokens)
     cache = 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
     prefill = prompt * (6 * text.hidden_size + 6 * text.intermediate_size) * sizes.element_bytes
@@ -218,7 +225,7 @@ def _denoise_working(
 
     row = config.width * sizes.element_bytes
     passes = 2 if request.guided else 1
-    sequence = passes * (tokens(request.height, request.width) + _PROMPT_TOKENS // 8)
+    sequence = passes * (tokens(request.height, request.width) + _prompt_tokens(request))
     condition = 2 * config.num_layers * sum(tokens(*side) for side in sides)  # rows of keys and values
     priors = request.num_images_per_prompt * tokens(request.height, request.width)  # each picture has its own
     tables = config.num_layers * (request.num_inference_steps + len(sides)) * CHUNKS

@@ -32,6 +32,28 @@ LIST = Path(__file__).with_name("mps_operators.txt")
 QUERY_CHUNK = 16  # so that tiny sequences, too, are cut
 BF16_STEP = 2.0**-8  # distance of neighbours in bf16, relative; rounding errs by half of it
 
+# Listed operators whose one kernel serves every device. Some only make, place or copy tensors,
+PLACING = set(
+    """
+    _to_copy _unsafe_view alias clone detach_ empty_like expand lift_fresh new_empty select.int slice.Tensor split.Tensor
+    split_with_sizes to.device to.dtype_layout transpose.int unbind.int unsqueeze view.dtype zeros zeros_like
+    """.split()
+)
+# and the others compute by calling one that has a kernel a device.
+ENDS_IN = {
+    "abs": "abs.out",
+    "arange": "arange.start_out",
+    "arange.start": "arange.start_out",
+    "arange.start_step": "arange.start_out",
+    "bitwise_and.Scalar": "bitwise_and.Tensor_out",
+    "copy_": "_copy_from",
+    "embedding": "index_select",
+    "logical_not": "logical_not.out",
+    "masked_fill.Scalar": "masked_fill_.Scalar",
+    "sort": "sort.values_stable",
+    "stack": "cat",
+}
+
 has_device = torch.backends.mps.is_available()
 without_device = pytest.mark.skipif(has_device, reason="the real device is here; see test_the_real_device_agrees")
 
@@ -126,6 +148,9 @@ def test_every_listed_operator_runs(path: dict[str, tuple[Emulation, Drawn]]) ->
 @pytest.mark.parametrize("name", sorted(listed()))
 def test_every_listed_operator_is_one_that_mps_has(name: str) -> None:
     assert mps_has(name)
+    short = name.removeprefix("aten::")
+    if "MPS" not in kernels(name) and short not in PLACING:
+        assert "MPS" in kernels(f"aten::{ENDS_IN[short]}")
 
 
 @without_device

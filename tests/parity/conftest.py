@@ -1,4 +1,4 @@
-"""Fixtures of the parity tests."""
+"""Fixtures of the parity tests. Torch is imported late: the suite's settings for it are made when pytest starts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from .ours import Runtime
 
 
 @pytest.fixture(scope="session")
-def runtime(official: Callable[..., Path]) -> Callable[..., Runtime]:
+def runtime(official: Callable[..., Path]) -> Callable[..., Any]:
     """`runtime(variant="base", **options)` is ours over the checkpoint that `official` and `reference` give."""
+    from .ours import Runtime
 
     @functools.cache
     def opened(variant: str = "base", **options: Any) -> Runtime:
@@ -27,6 +25,8 @@ def runtime(official: Callable[..., Path]) -> Callable[..., Runtime]:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN, so that reading it shows."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # which is when torch fills such memory
     yield

@@ -136,7 +136,7 @@ def test_every_tensor_is_read_and_matters(
     wanted = reference_ar_logits(reference("narrow"), PROMPT, HEIGHT, WIDTH, drafted)
     prompt = ours.prompt(PROMPT, HEIGHT, WIDTH)
     names = ours.tensor_names("vision_language_encoder", "embed", "layer", "head")
-    assert len(names) == 1 + 2 * 11 + 2
+    assert len(names) == 1 + 2 * 13 + 2
 
     def answer(changed: Runtime) -> Tensor:
         return changed.ar_logits(prompt, drafted)
