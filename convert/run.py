@@ -44,7 +44,7 @@ from .blocks import CHUNK_ELEMENTS, block_sha256, convert_block
 from .journal import BlockRecord, flush
 from .recipe import DEFAULT, NAMES, RECIPES, STOCK, Recipe
 from .report import REPORT, Report, build_report, to_bytes
-from .staging import Staging, occupied_folders, staging
+from .staging import Staging, check_out, occupied_folders, staging
 
 _SMALL_FOLDERS = ("processor", "scheduler", "tokenizer")
 _MAX_CARRIED_BYTES = 128 * 2**20  # five times the largest tokenizer
@@ -120,6 +120,7 @@ def convert(
     again = "try again" if recipe == STOCK else "add --resume"
     out = Path(os.path.abspath(out))
     on = devices.resolve_device(device)
+    check_out(out, overwrite)  # again once it is locked, but here before anything is downloaded
     folder = locate(source, announce=announce or (lambda _: None))
     _check_places(folder, out)
     checkpoint = Checkpoint.open(folder)

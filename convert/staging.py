@@ -32,29 +32,46 @@ def occupied_folders(out: Path) -> tuple[Path, ...]:
     return out, partial_folder(out), _replaced_folder(out)
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise `InputError` unless nothing is there, or something that a conversion may replace."""
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists", "choose another name, or add --overwrite")
+    is_folder = out.is_dir() and not out.is_symlink()
+    if not is_folder or (any(out.iterdir()) and not _is_checkpoint(out)):
+        raise InputError(f"{out} is not a checkpoint, so it is not overwritten", "choose another name, or remove it")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "model_index.json").exists()
+
+
 class Staging:
     """The open `OUT.partial`: `folder`, and its `journal`, which no other process can open meanwhile."""
 
-    def __init__(self, out: Path, journal: Journal) -> None:
+    def __init__(self, out: Path, journal: Journal, *, overwrite: bool, worth_keeping: bool) -> None:
         self.out = out
         self.folder = partial_folder(out)
         self.journal = journal
-        self.worth_keeping = False
+        self.worth_keeping = worth_keeping
         """Whether there is something in it that a later run would otherwise have to do again."""
+        self._overwrite = overwrite
 
     def publish(self) -> None:
-        """Make it OUT, in place of an older one. Nothing can be resumed any more."""
+        """Make it OUT, in place of an older one if that was allowed. Nothing can be resumed any more."""
+        check_out(self.out, self._overwrite)
+        replaces = self.out.exists()
         path = self.folder / FILE_NAME
         with contextlib.suppress(PermissionError):  # Windows removes no open file; elsewhere it must go while locked
             path.unlink()
         self.journal.close()
         path.unlink(missing_ok=True)
-        replaced = _replaced_folder(self.out)
-        if self.out.exists():
-            self.out.rename(replaced)
+        if replaces:
+            self.out.rename(_replaced_folder(self.out))
         self.folder.rename(self.out)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if replaces:
+            shutil.rmtree(_replaced_folder(self.out))
 
 
 @contextlib.contextmanager
@@ -72,12 +89,10 @@ def staging(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Staging]:
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}", "choose another place for OUT") from None
     journal = _lock(folder, out)
-    opened = Staging(out, journal)
-    opened.worth_keeping = left_over
+    opened = Staging(out, journal, overwrite=overwrite, worth_keeping=left_over)
     try:
         _undo_half_a_replacement(out)
-        if os.path.lexists(out):
-            _check_replaceable(out, overwrite)
+        check_out(out, overwrite)
         if left_over and not (resume or overwrite):
             raise InputError(
                 f"{folder} is left over from a conversion that did not finish",
@@ -112,18 +127,6 @@ def _is_staging(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     return not names or FILE_NAME in names or MANIFEST in names
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise InputError(f"{out} exists", "choose another name, or add --overwrite")
-    is_folder = out.is_dir() and not out.is_symlink()
-    if not is_folder or (any(out.iterdir()) and not _is_checkpoint(out)):
-        raise InputError(f"{out} is not a checkpoint, so it is not overwritten", "choose another name, or remove it")
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "model_index.json").exists()
 
 
 def _undo_half_a_replacement(out: Path) -> None:

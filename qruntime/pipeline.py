@@ -31,7 +31,7 @@ from .events import Events, Progress
 from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_patches
 from .memory.parts import Parts
 from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, plan
-from .models import ar, dit, glyph, vision
+from .models import ar, dit, vision
 from .models.weights import DTYPE_NAMES
 from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
 from .request import MAX_SEED, SIZE_MULTIPLE, GenerateRequest
@@ -307,10 +307,9 @@ class GlmImagePipeline:
     def _encode(self, jobs: list[_Job], events: Events) -> None:
         parts = self._parts
         with parts.phase(parts.glyph_encoder):
-            encoder = parts.glyph_encoder.single()
             for job in jobs:
-                job.cond_glyphs = self._glyph_states(encoder, job.request.prompt)
-                job.uncond_glyphs = self._glyph_states(encoder, "") if job.request.guided else None
+                job.cond_glyphs = self._glyph_states(job.request.prompt)
+                job.uncond_glyphs = self._glyph_states("") if job.request.guided else None
         sources = [source for job in jobs for source in job.sources]
         if sources:
             with parts.phase(parts.vision_stem, parts.vision_blocks, parts.codebook):
@@ -326,8 +325,9 @@ class GlmImagePipeline:
             job.prompt = self._tokenizer.build(request.prompt, request.token_grid, request.preview_grid, grids)
             events.advance()
 
-    def _glyph_states(self, encoder: glyph.GlyphEncoder, prompt: str) -> Tensor:
+    def _glyph_states(self, prompt: str) -> Tensor:
         """States of all quoted texts, one after the other, [T, text_embed_dim]."""
+        encoder = self._parts.glyph_encoder.single()
         ids = glyph_ids(glyph_texts(prompt))
         return torch.cat([encoder(torch.tensor(text, device=self.device)) for text in ids])
 
@@ -492,9 +492,8 @@ class GlmImagePipeline:
         """Latents [B, C, h, w] -> pictures, float32 [B, 3, 8h, 8w] in 0..1 on the CPU."""
         parts, pictures = self._parts, []
         with parts.phase(parts.vae_decoder):
-            decoder = parts.vae_decoder.single()
             for picture in latents.to(self.dtype).split(1):
-                pixels = decoder(picture).float()
+                pixels = parts.vae_decoder.single()(picture).float()
                 _require_finite(pixels, "the decoded picture holds")
                 pictures.append((pixels / 2 + 0.5).clamp(0, 1).cpu())
                 events.advance()

@@ -37,7 +37,7 @@ def sample(
     weights, codes = ranked_weights(scores, temperature, top_k, top_p)
     cdf = running_sum(weights)
     below = cdf <= uniforms[:, None] * cdf[:, -1:]
-    index = below.sum(dim=-1, keepdim=True).clamp(max=codes.shape[-1] - 1)  # rounding may reach the last sum
+    index = below.sum(dim=-1, keepdim=True).clamp(max=codes.shape[-1] - 1)  # a uniform rounded up to 1
     return codes.gather(-1, index)[:, 0]
 
 

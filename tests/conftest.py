@@ -66,3 +66,15 @@ def reference(official: Callable[..., Path]) -> Callable[..., Any]:
         return load_reference(official(variant, **options))
 
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def quantised(official: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`quantised(variant="base", recipe="balanced")` is the folder that the converter makes of that checkpoint."""
+    from convert.run import convert
+
+    @functools.cache
+    def folder(variant: str = "base", recipe: str = "balanced") -> Path:
+        return convert(official(variant), tmp_path_factory.mktemp(recipe) / variant, recipe=recipe).path
+
+    return folder

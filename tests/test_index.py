@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from qruntime.checkpoint.index import (
     COMPONENTS,
     MAX_DEPTH,
+    MAX_FILES,
     MAX_JSON_BYTES,
     MAX_TENSORS,
     checked_file,
@@ -384,6 +385,12 @@ def test_two_sets_without_an_index_are_refused(folder: Path, extra: str) -> None
     make_pair(folder, index=None)
     save_file(tensors_of(2, "xyz"), folder / extra)
     assert_refused(folder, "holds 2 sets of weights")
+
+
+def test_too_many_files_are_refused(folder: Path) -> None:
+    for i in range(MAX_FILES + 1):
+        (folder / f"model-{i + 1:05d}-of-{MAX_FILES + 1:05d}.safetensors").touch()
+    assert_refused(folder, f"holds {MAX_FILES + 1} safetensors files")
 
 
 def test_other_files_are_no_matter(folder: Path) -> None:

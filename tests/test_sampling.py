@@ -127,7 +127,11 @@ def test_temperature_zero_is_the_most_likely_code() -> None:
 
 def test_a_tiny_top_p_keeps_the_most_likely_code() -> None:
     logits = logits_of(11, rows=64)
-    assert torch.equal(sample(logits, uniforms(0, 64), 0.9, None, 1e-9, CODES), logits[:, :CODES].argmax(dim=-1))
+    likeliest = logits[:, :CODES].argmax(dim=-1)
+    weights, codes = ranked_weights(logits[:, :CODES], 0.9, None, 1e-9)
+    assert torch.equal(codes[:, -1], likeliest)
+    assert torch.equal((weights > 0).sum(dim=-1), torch.ones(64, dtype=torch.int64))
+    assert torch.equal(sample(logits, uniforms(0, 64), 0.9, None, 1e-9, CODES), likeliest)
 
 
 def test_the_ends_of_the_unit_interval_draw_kept_codes() -> None:
@@ -137,6 +141,8 @@ def test_the_ends_of_the_unit_interval_draw_kept_codes() -> None:
         kept = stock_probabilities(logits, 0.9, None, 0.75) > 0
         assert kept.gather(1, ids[:, None]).all()
         assert ids[1] == logits[1, :CODES].argmax()  # ranked last, so it owns the top of the interval
+        past = sample(logits, torch.tensor([1.0, 1.0]), 0.9, None, 0.75, CODES)
+        assert torch.equal(past, logits[:, :CODES].argmax(dim=-1))  # and what was rounded up to its end
 
 
 def test_a_row_of_nan_gives_a_code() -> None:

@@ -53,6 +53,12 @@ class Sizes:
     element_bytes: int
     dequantized_bytes: int
 
+    @property
+    def everything(self) -> int:
+        """Bytes of all weights together."""
+        encoders = self.glyph + self.vision + self.vae_encoder
+        return encoders + self.draft + self.dit_stem + self.dit_blocks + self.vae_decoder
+
     @staticmethod
     def of(checkpoint: Checkpoint, dtype_name: str) -> Sizes:
         """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32")."""
@@ -182,7 +188,7 @@ def _phases(
     ]
     if mode != "resident":
         return tuple(phases)
-    everything = sum(phase.weights_bytes for phase in phases)
+    everything = sizes.everything  # what another request loaded stays too
     return tuple(Phase(phase.name, everything, phase.working_bytes) for phase in phases)
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from convert import blocks
+from convert import blocks, run
 from convert.__main__ import Meter, main
 from convert.journal import Journal
 from convert.recipe import RECIPES
@@ -306,6 +306,14 @@ def test_an_existing_output_is_kept_unless_told_otherwise(official: Official, tm
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_an_existing_output_is_noticed_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "locate", None)
+    with pytest.raises(InputError, match="exists"):
+        convert("owner/name", tmp_path)
+
+
 def test_overwriting_replaces_only_when_the_new_one_is_whole(official: Official, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(official("base"), out, recipe="small")
@@ -352,6 +360,31 @@ def test_a_stranger_s_partial_folder_is_left_alone(official: Official, tmp_path:
         with pytest.raises(InputError, match="is in the way"):
             convert(official("base"), tmp_path / "out", **options)
     assert tree(tmp_path) == {"out.partial/mine.txt": b"mine"}
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(official: Official, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def make(progress: Progress) -> None:
+        if progress.done == progress.total:
+            shutil.copytree(official("narrow"), out)
+
+    with pytest.raises(InputError, match="exists"):
+        convert(official("base"), out, progress=make)
+    assert tree(out) == tree(official("narrow"))
+    assert convert(official("base"), out, resume=True, overwrite=True).resumed_blocks == 21
+    assert verify(out) == []
+
+
+def test_a_stranger_s_folder_of_the_working_name_is_left_alone(official: Official, tmp_path: Path) -> None:
+    stranger = tmp_path / "out.replaced-by-conversion"
+    stranger.mkdir()
+    (stranger / "mine.txt").write_text("mine")
+    convert(official("base"), tmp_path / "out")
+    with pytest.raises(QruntimeError, match=r"not empty|exists|refused|denied"):
+        convert(official("base"), tmp_path / "out", overwrite=True)
+    assert tree(stranger) == {"mine.txt": b"mine"}
+    assert verify(tmp_path / "out") == []
 
 
 def test_two_conversions_into_one_folder_are_refused(official: Official, tmp_path: Path) -> None:

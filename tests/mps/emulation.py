@@ -1,12 +1,12 @@
 """An Apple GPU made of CPU tensors, so that the MPS path can be watched on machines that have none.
 
-`MpsTensor` says it lives on `mps` and holds its values in a CPU tensor. Inside `emulated()` every operator that touches one
-arrives at `Emulation`, which takes torch's composites apart (what has to exist is their parts), refuses what MPS lacks or gets
-wrong, notes the operator's name, and computes it on the CPU. So the runtime takes its real MPS branches, a tensor left on the
-wrong device is found, and work on the host is told from work on the device.
+`MpsTensor` says it lives on `mps` and holds its values in a CPU tensor. Inside `emulated()` every operator that touches
+one arrives at `Emulation`, which takes torch's composites apart (what has to exist is their parts), refuses what MPS
+lacks or gets wrong, notes the operator's name, and computes it on the CPU. So the runtime takes its real MPS branches,
+a tensor left on the wrong device is found, and work on the host is told from work on the device.
 
-Where torch itself branches on MPS in code that only its macOS build has, `_BRANCHES` does so by hand. What no emulation shows:
-speed, memory, results of Apple's kernels, and trouble that only full-size shapes bring.
+Where torch itself branches on MPS in code that only its macOS build has, `_BRANCHES` does so by hand. What no emulation
+shows: speed, memory, results of Apple's kernels, and trouble that only full-size shapes bring.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def mps_has(name: str) -> bool:
 class MpsTensor(Tensor):
     """A tensor that says it is on `mps`; `held` has its values, shape and strides on the CPU.
 
-    The methods are those that torch's Python bindings do not leave to the dispatcher: they look for a device guard first,
-    which builds without MPS lack.
+    The methods are those that torch's Python bindings do not leave to the dispatcher: they look for a device guard
+    first, which builds without MPS lack.
     """
 
     held: Tensor
@@ -123,7 +123,7 @@ class MpsTensor(Tensor):
 
 
 def _mapped(change: Callable[[Any], Any], values: Any) -> Any:
-    """An operator's arguments or results with every leaf changed. (torch's own pytrees take most of the test's time.)"""
+    """An operator's arguments or results with every leaf changed; torch's pytrees would take most of the time."""
     if isinstance(values, tuple | list):
         return type(values)([_mapped(change, value) for value in values])
     if isinstance(values, dict):
@@ -142,7 +142,10 @@ def _held(values: Any) -> Any:
 
 
 class Emulation(TorchDispatchMode):
-    """Runs operators on `MpsTensor`s. `operators` are the names seen; `query_rows` the most queries attention saw at once."""
+    """Runs operators on `MpsTensor`s.
+
+    `operators` are the names seen, `query_rows` is the most queries that attention saw at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,8 +195,10 @@ class Emulation(TorchDispatchMode):
         return result
 
     def _compute(self, func: Any, args: Any, kwargs: Any, target: torch.device | None) -> Any:
-        """The operator over what its tensors hold. An input that comes back is itself; what is new is on the device, unless
-        the host is the target."""
+        """The operator over what its tensors hold.
+
+        An input that comes back is itself; what is new is on the device, unless the host is the target.
+        """
         args_held, kwargs_held = _mapped(lambda leaf: CPU if _is_device(leaf) else leaf, _held((args, kwargs)))
         result = _KERNELS.get(func.name(), func)(*args_held, **kwargs_held)
         if self._inside:
@@ -243,8 +248,10 @@ def _refuse_layouts(name: str, args: Any, target: torch.device | None) -> None:
         left, right = tensors[-2:] if operator in ("aten::addmm", "aten::baddbmm") else tensors[:2]
         if not left.is_floating_point():
             raise Forbidden(f"{name}: MPS multiplies no matrices of {left.dtype}")
-        if operator == "aten::linear" and (left.dim() > 2 or not right.is_contiguous()):
-            raise Forbidden(f"{name}: wrong with inputs of over two dimensions (192934) and crashes on transposed weights (197796)")
+        if operator == "aten::linear" and left.dim() > 2:
+            raise Forbidden(f"{name}: wrong with inputs of over two dimensions (180776, 192934)")
+        if operator == "aten::linear" and not right.is_contiguous():
+            raise Forbidden(f"{name}: crashes on transposed weights (197796)")
         if operator == "aten::_mps_convolution" and not _is_dense(left):
             raise Forbidden(f"{name}: wrong on slices of channels (180984)")
         if operator != "aten::_mps_convolution" and left.shape[-1] > _LONGEST_SUM:
@@ -275,8 +282,17 @@ def _attention(
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool, _: Any, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
 ) -> Tensor:
+    """`convolution` on MPS, which has a kernel of its own."""
     assert not transposed
     return torch.ops.aten._mps_convolution.default(x, weight, bias, padding, stride, dilation, groups)
 
@@ -290,8 +306,8 @@ def _mps_convolution(
 def int4_product(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
     """`_weight_int4pack_mm` as torch's Metal shader computes it: [M, K] -> [M, N].
 
-    The shape of `packed` is for show; the shader reads bytes [N, K/2], the even column in the low nibble. Scale and zero are
-    [K/g, N, 2] in x's dtype, and `zero - 8 * scale` is rounded to that dtype; all sums are float32.
+    The shape of `packed` is for show; the shader reads bytes [N, K/2], the even column in the low nibble. Scale and
+    zero are [K/g, N, 2] in x's dtype, and `zero - 8 * scale` is rounded to that dtype; all sums are float32.
     Source: aten/src/ATen/native/mps, operations/Quantized.mm and kernels/Quantized.metal.
     """
     k = x.shape[1]
@@ -349,7 +365,7 @@ def emulated() -> Iterator[Emulation]:
     }
     lifting = torch._C._only_lift_cpu_tensors()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: True))
+        stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", return_value=True))
         stack.enter_context(mock.patch.multiple(torch.mps, **device_module))
         stack.enter_context(mock.patch.multiple(torch.cuda, Stream=_NoStream, Event=_NoStream, stream=_NoStream))
         # Makes `torch.tensor(..., device="mps")` build on the CPU and copy through the dispatcher.

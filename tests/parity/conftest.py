@@ -22,6 +22,19 @@ def runtime(official: Callable[..., Path]) -> Callable[..., Any]:
     return opened
 
 
+@pytest.fixture(scope="session")
+def greedy(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`greedy(variant, *sources)` is the stock pipeline's greedy draft, int64 [N], for the case of `ours`."""
+    from ..oracle import reference_greedy_draft
+    from .ours import HEIGHT, PROMPT, WIDTH, pictures
+
+    @functools.cache
+    def draft(variant: str, *sources: tuple[int, int]) -> Any:
+        return reference_greedy_draft(reference(variant), PROMPT, HEIGHT, WIDTH, pictures(*sources) or None)
+
+    return draft
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that torch hands out uninitialised holds NaN, so that reading it shows."""

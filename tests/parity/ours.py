@@ -22,11 +22,23 @@ from qruntime.models import ar, dit, vision
 from qruntime.prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
 from qruntime.request import SIZE_MULTIPLE, GenerateRequest
 
+from ..tiny import source_picture
+
 TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 
+PROMPT = "a red house with a sign “你好” and 'open'"
+HEIGHT, WIDTH = 64, 96  # so that rows and columns differ
+SOURCES = ((), ((96, 64),), ((96, 64), (64, 128)))  # (width, height) of no, one and two source pictures
+
 Runtimes = Callable[..., "Runtime"]
+Drafts = Callable[..., Tensor]
 Record = Callable[[str, object], None]
+
+
+def pictures(*sources: tuple[int, int]) -> tuple[Image.Image, ...]:
+    """Source pictures of the given (width, height)."""
+    return tuple(source_picture(*size, seed=seed) for seed, size in enumerate(sources))
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -69,10 +81,9 @@ def tensors_without_effect(
 
 
 def nudged(stored: Tensor) -> Tensor:
-    """A tensor with its first half moved by a tenth of its scale: one wrong slice, not a wrong file."""
-    rows = stored.view(-1)
-    rows[: (rows.numel() + 1) // 2] += 0.1 * stored.square().mean().sqrt()
-    return stored
+    """A tensor with noise of a tenth of its scale: uneven, since norms take away what moves all features alike."""
+    noise = torch.randn(stored.shape, generator=torch.Generator().manual_seed(0))
+    return stored + 0.1 * stored.square().mean().sqrt() * noise
 
 
 @dataclass
@@ -161,7 +172,7 @@ class Runtime:
         return self.vae_encode(to_vae_input(image))
 
     @torch.inference_mode()
-    def dit(
+    def predictions(
         self,
         latents: Tensor,
         cond_glyphs: Tensor,

@@ -1,4 +1,4 @@
-"""The diffusion transformer against diffusers: one packed pass of ours equals a conditional and an unconditional one."""
+"""The diffusion transformer against diffusers: one packed pass equals a conditional and an unconditional one."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_predictions(
         reference_dit(pipe, latents, cond_glyphs, ids, timestep, conditions=seen),
         reference_dit(pipe, latents, uncond_glyphs, ids, timestep, drop_prior=True),  # and it sees no source
     )
-    found = runtime(variant).dit(latents, cond_glyphs, uncond_glyphs, ids, timestep, conditions=seen)
+    found = runtime(variant).predictions(latents, cond_glyphs, uncond_glyphs, ids, timestep, conditions=seen)
     assert found[1] is not None
     largest = max(difference(found[0], wanted[0]), difference(found[1], wanted[1]))
     record_property("largest_difference", largest)
     assert largest <= TOLERANCE
 
-    alone, none = runtime(variant).dit(latents, cond_glyphs, None, ids, timestep, conditions=seen)
+    alone, none = runtime(variant).predictions(latents, cond_glyphs, None, ids, timestep, conditions=seen)
     assert none is None
     assert difference(alone, wanted[0]) <= TOLERANCE
 
@@ -95,9 +95,9 @@ def test_predictions(
 def test_the_size_that_the_network_is_told(reference: Callable[..., Any], runtime: Runtimes) -> None:
     latents, glyphs, ids = inputs("base", 4, 6, 3)
     wanted = reference_dit(reference(), latents, glyphs, ids, 499, target_size=(1024, 2048))
-    found, _ = runtime().dit(latents, glyphs, None, ids, 499, target_size=(1024, 2048))
+    found, _ = runtime().predictions(latents, glyphs, None, ids, 499, target_size=(1024, 2048))
     assert difference(found, wanted) <= TOLERANCE
-    swapped, _ = runtime().dit(latents, glyphs, None, ids, 499, target_size=(2048, 1024))
+    swapped, _ = runtime().predictions(latents, glyphs, None, ids, 499, target_size=(2048, 1024))
     assert difference(swapped, wanted) > 10 * TOLERANCE
 
 
@@ -150,6 +150,6 @@ def test_every_tensor_is_read_and_matters(reference: Callable[..., Any], runtime
     assert sorted(names) == sorted(reference("narrow").transformer.state_dict())
 
     def answer(changed: Runtime) -> Tensor:
-        return changed.dit(latents, glyphs, None, ids, 499)[0]
+        return changed.predictions(latents, glyphs, None, ids, 499)[0]
 
     assert not tensors_without_effect(ours, names, answer, wanted)

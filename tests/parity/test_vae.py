@@ -72,15 +72,15 @@ def test_a_mistake_is_seen(reference: Callable[..., Any], runtime: Runtimes) -> 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_every_tensor_is_read_and_matters(reference: Callable[..., Any], runtime: Runtimes, part: str) -> None:
-    ours, pipe = runtime("narrow"), reference("narrow")
+    """Not in the variant that has a group a channel, which takes biases away."""
+    ours, pipe = runtime(), reference()
     names = ours.tensor_names("vae", part)
     assert len(names) == len(getattr(pipe.vae, part).state_dict())
-    if part == "decoder":
-        given = draw((1, 4, 4, 6))
-        assert not tensors_without_effect(
-            ours, names, lambda changed: changed.vae_decode(given), reference_vae_decode(pipe, given)
-        )
+    pixels, latents = draw((1, 3, 32, 48)).clamp(-1, 1), draw((1, 16, 4, 6))
+    if part == "encoder":
+        wanted = reference_vae_encode(pipe, pixels)
+        unnoticed = tensors_without_effect(ours, names, lambda changed: changed.vae_encode(pixels), wanted)
     else:
-        given = draw((1, 3, 32, 48)).clamp(-1, 1)
-        wanted = reference_vae_encode(pipe, given)
-        assert not tensors_without_effect(ours, names, lambda changed: changed.vae_encode(given), wanted)
+        wanted = reference_vae_decode(pipe, latents)
+        unnoticed = tensors_without_effect(ours, names, lambda changed: changed.vae_decode(latents), wanted)
+    assert not unnoticed

@@ -13,11 +13,12 @@ pytest.importorskip("diffusers", reason="the extra `reference` is not installed"
 import torch
 from torch import Tensor
 
+from qruntime.media import to_vision_patches
 from qruntime.models import vision
 
 from ..oracle import reference_vision_states, reference_vq_codes
 from ..tiny import VARIANTS, source_picture
-from .ours import TOLERANCE, Record, Runtime, Runtimes, changed_tensor, difference, tensors_without_effect
+from .ours import TOLERANCE, Record, Runtimes, changed_tensor, difference, tensors_without_effect
 
 VISION, VQ = ("vision.stem", "vision.block"), ("vq",)
 PICTURES = {f"{width}x{height}": (width, height) for width, height in ((64, 64), (256, 96), (96, 160), (224, 256))}
@@ -50,8 +51,6 @@ def test_a_transposed_grid_is_seen(reference: Callable[..., Any], runtime: Runti
     picture, ours = source_picture(96, 64), runtime()
     (wanted,) = reference_vision_states(reference(), [picture])
     processor, parts = ours.checkpoint.processor, ours.parts
-    from qruntime.media import to_vision_patches
-
     patches = to_vision_patches(picture, processor.patch_size, processor.image_mean, processor.image_std)
     with torch.inference_mode():
         features = [
@@ -84,9 +83,5 @@ def test_every_tensor_of_the_codebook_that_is_run_matters(runtime: Runtimes) -> 
 
     for name in ours.tensor_names("vision_language_encoder", *VQ):
         with changed_tensor(name, reversed_rows):
-            found = _codes(ours.afresh(), picture)
+            found = ours.afresh().vq_codes(picture)
         assert torch.equal(found, wanted) == ("post_quant_conv" in name), name
-
-
-def _codes(ours: Runtime, picture: Any) -> Tensor:
-    return ours.vq_codes(picture)

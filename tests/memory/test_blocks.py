@@ -1,0 +1,439 @@
+"""Loading blocks and letting them go: the right bytes, whichever way they come, and never more of them than planned.
+
+What counts as held is counted at the allocator: slots are made over memory that says when its last view is gone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
+from qruntime.errors import CheckpointError
+from qruntime.memory.blocks import STREAM_SLOTS, Blocks, Loader
+from qruntime.memory.planner import MODES, Plan, every_plan
+from qruntime.models.spec import BlockSpec
+from qruntime.models.weights import Weights
+from qruntime.pipeline import GlmImagePipeline
+from qruntime.request import GenerateRequest
+
+from ..security.forge import put_together, take_apart
+
+Folder = Callable[..., Path]
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def component(folder: Path, name: str = "transformer") -> Component:
+    return Checkpoint.open(folder).components[name]
+
+
+def of_kind(found: Component, kind: str) -> list[BlockSpec]:
+    return [spec for spec in found.specs.values() if spec.kind == kind]
+
+
+def blocks_of(folder: Path, kind: str = "block", *, streamed: bool = False) -> Blocks[Weights]:
+    found = component(folder)
+    return Blocks(Loader(found, CPU, torch.float32), of_kind(found, kind), lambda weights: weights, streamed=streamed)
+
+
+def values(weights: Weights) -> dict[str, Tensor]:
+    """Copies, since a slot is filled again."""
+    return {entry.name: weights.tensor(entry.name).clone() for entry in weights.layout.entries}
+
+
+def filled(loader: Loader, spec: BlockSpec) -> dict[str, Tensor]:
+    weights = loader.new_weights(spec)
+    weights.buffer.fill_(0xA5)  # what was there before must not matter
+    loader.fill(weights, spec)
+    return values(weights)
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+# --- Loader -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_official_and_relaid_weights_load_alike(
+    official: Folder, quantised: Folder, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Tensor by tensor from the official folder, cast; in one piece from the converted one, where no cast is needed."""
+    pieces: list[int] = []
+    copy_run = Loader._copy_run
+    monkeypatch.setattr(Loader, "_copy_run", lambda self, *args: (pieces.append(1), copy_run(self, *args))[1])
+    stored = {
+        key: tensor
+        for file in sorted((official() / name).glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+    before, after = component(official(), name), component(quantised("base", "none"), name)
+    for spec in before.specs.values():
+        wanted = {
+            entry: stored[spec.prefix + entry].to(dtype)
+            for entry in (full.removeprefix(spec.prefix) for full in spec.source_tensors())
+        }
+        assert_same(filled(Loader(before, CPU, dtype), spec), wanted)
+        assert not pieces
+        assert_same(filled(Loader(after, CPU, dtype), spec), wanted)
+        assert bool(pieces) == (dtype == torch.float32)
+        pieces.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["transformer", "vision_language_encoder"])
+def test_quantised_weights_load_as_they_are_stored(
+    quantised: Folder, name: str, dtype: torch.dtype
+) -> None:
+    """But for plain tensors, which are cast, and int4 products that the device packs."""
+    found = component(quantised("wide"), name)
+    stored = {
+        key: tensor
+        for file in sorted((quantised("wide") / name).glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
+    loader, kinds = Loader(found, CPU, dtype), Counter()
+    for spec in found.specs.values():
+        weights = loader.new_weights(spec)
+        loader.fill(weights, spec)
+        packed = {
+            f"{item}.weight{suffix}"
+            for linear_spec in spec.items
+            if hasattr(linear_spec, "key") and weights.linear(linear_spec.key).needs_packing
+            for item in linear_spec.names
+            for suffix in (".q", ".scale", ".zero")
+        }
+        for entry in weights.layout.entries:
+            kinds[entry.dtype] += 1
+            if entry.name in packed:
+                continue
+            tensor = stored[spec.prefix + entry.name]
+            quantised_part = entry.name.endswith((".q", ".scale", ".zero"))
+            assert torch.equal(weights.tensor(entry.name), tensor if quantised_part else tensor.to(dtype)), entry.name
+    assert kinds["I8"] > 0
+
+
+def test_tensors_that_are_not_aligned_load_too(official: Folder, tmp_path: Path) -> None:
+    folder = shutil.copytree(official(), tmp_path / "GLM-Image")
+    for path in sorted(folder.glob("transformer/*.safetensors")):
+        header, data = take_apart(path)
+        text = put_together(path, header, data).read_bytes()
+        length = int.from_bytes(text[:8], "little")
+        padding = b" " * (1 + (1 - (8 + length)) % 4)  # the data then starts at an odd byte
+        put_together(path, text[8 : 8 + length] + padding[: 1 + (8 + length) % 2], data)
+    before, after = component(official()), component(folder)
+    assert {tensor.start % 4 for tensor in after.tensors.values()} & {1, 3}
+    for spec in before.specs.values():
+        assert_same(filled(Loader(after, CPU, torch.float32), spec), filled(Loader(before, CPU, torch.float32), spec))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_named(official: Folder, bad: float) -> None:
+    found = component(official())
+    spec = found.specs["blocks.1"]
+    name = "attn1.to_out.0.bias"
+    original = found.tensor
+
+    def spoilt(tensor: str) -> Tensor:
+        values = original(tensor)
+        return values.index_fill(0, torch.tensor([3]), bad) if tensor == spec.prefix + name else values
+
+    found.tensor = spoilt  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as refused:
+        filled(Loader(found, CPU, torch.float32), spec)
+    assert spec.prefix + name in refused.value.message
+    assert filled(Loader(found, CPU, torch.float32), found.specs["blocks.2"])
+
+
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["base", "mixed"])
+def test_streamed_blocks_are_the_kept_ones(official: Folder, variant: str) -> None:
+    kept, streamed = (blocks_of(official(variant), streamed=each) for each in (False, True))
+    assert len(kept) == len(streamed) > STREAM_SLOTS
+    for _ in range(3):  # an odd number of blocks starts each pass in the other slot than it ended in
+        for one, other in zip(kept, streamed, strict=True):
+            assert_same(values(other), values(one))
+    assert (kept.live_slots, streamed.live_slots) == (len(kept), STREAM_SLOTS)
+    assert kept.held_bytes == sum(weights.buffer.numel() for weights in kept)
+    assert streamed.held_bytes == STREAM_SLOTS * next(iter(kept)).buffer.numel()
+
+
+def test_blocks_differ(official: Folder) -> None:
+    """Or the tests above could not fail."""
+    first, second, *_ = (values(weights) for weights in blocks_of(official()))
+    assert not torch.equal(first["attn1.to_q.weight"], second["attn1.to_q.weight"])
+
+
+def test_kept_blocks_are_loaded_once(official: Folder, loads: list[str]) -> None:
+    blocks = blocks_of(official("mixed"))
+    for _ in range(3):
+        list(blocks)
+    assert loads == [f"blocks.{i}" for i in range(5)]
+    blocks.release()
+    assert (blocks.live_slots, blocks.held_bytes) == (0, 0)
+    list(blocks)
+    assert loads == [f"blocks.{i}" for i in range(5)] * 2
+
+
+def test_streamed_blocks_are_loaded_once_a_pass_and_one_ahead(official: Folder, loads: list[str]) -> None:
+    blocks = blocks_of(official("mixed"), streamed=True)
+    for _ in range(2):
+        seen = []
+        for weights in blocks:
+            assert weights.buffer.numel()
+            seen.append(len(loads))
+        assert loads == [f"blocks.{i}" for i in range(5)]
+        assert seen == [2, 3, 4, 5, 5]
+        loads.clear()
+
+
+def test_a_change_of_mode_gives_the_slots_back(official: Folder) -> None:
+    blocks = blocks_of(official())
+    wanted = [values(weights) for weights in blocks]
+    for streamed in (False, True, True, False, True):
+        held = blocks.live_slots
+        blocks.stream(streamed)
+        if held == (STREAM_SLOTS if streamed else len(blocks)):
+            assert blocks.live_slots == held  # no change
+        else:
+            assert (blocks.live_slots, blocks.held_bytes) == (0, 0)
+        for weights, values_before in zip(blocks, wanted, strict=True):
+            assert_same(values(weights), values_before)
+
+
+@pytest.mark.parametrize("count", [0, 1, STREAM_SLOTS])
+def test_few_blocks_are_never_streamed(official: Folder, loads: list[str], count: int) -> None:
+    found = component(official())
+    specs = of_kind(found, "block")[:count]
+    blocks = Blocks(Loader(found, CPU, torch.float32), specs, lambda weights: weights, streamed=True)
+    blocks.stream(True)
+    for _ in range(2):
+        assert len(list(blocks)) == count
+    assert loads == [spec.name for spec in specs]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_pass_that_was_broken_off_harms_no_later_one(official: Folder, streamed: bool) -> None:
+    blocks = blocks_of(official("mixed"), streamed=streamed)
+    wanted = [values(weights) for weights in blocks_of(official("mixed"))]
+    for stop in range(5):
+        for index, _ in enumerate(blocks):
+            if index == stop:
+                break
+        for weights, values_before in zip(blocks, wanted, strict=True):
+            assert_same(values(weights), values_before)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_watches_may_end_a_pass(official: Folder, streamed: bool) -> None:
+    blocks, asked = blocks_of(official("mixed"), streamed=streamed), 0
+
+    def watch() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise InterruptedError
+
+    blocks.watch(watch)
+    reached = 0
+    with pytest.raises(InterruptedError):
+        for _ in blocks:
+            reached += 1
+    assert reached == 2  # it is asked before a block runs
+    assert len(list(blocks)) == 5
+    assert asked == 3 + 5
+
+
+def test_a_load_that_fails_leaves_no_half_filled_slot(official: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of(official())
+    fill = Loader.fill
+
+    def failing(self: Loader, weights: Weights, spec: BlockSpec) -> None:
+        if spec.name == "blocks.1":
+            raise MemoryError
+        fill(self, weights, spec)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Loader, "fill", failing)
+        list(blocks)
+    assert blocks.live_slots == 1
+    for weights, other in zip(blocks, blocks_of(official()), strict=True):
+        assert_same(values(weights), values(other))
+
+
+def test_single_is_the_block_of_a_kind_that_has_one(official: Folder) -> None:
+    stem = blocks_of(official(), "stem")
+    assert stem.single() is stem.single()
+    with pytest.raises(ValueError, match="too many"):
+        blocks_of(official()).single()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the blocks that are loaded, in order."""
+    names: list[str] = []
+    fill = Loader.fill
+
+    def spy(self: Loader, weights: Weights, spec: BlockSpec) -> None:
+        names.append(spec.name)
+        fill(self, weights, spec)
+
+    monkeypatch.setattr(Loader, "fill", spy)
+    return names
+
+
+# --- What is held while a picture is drawn ----------------------------------------------------------------------------
+
+
+class Memory(bytearray):
+    """A slot's memory. Torch holds it as long as any tensor looks at it, and so it lives exactly that long."""
+
+
+class Ledger:
+    """What slots there are: memory by kind of block, each alive until its last view is gone."""
+
+    def __init__(self) -> None:
+        self._slots: list[tuple[str, int, weakref.ref[Memory]]] = []
+        self.most: Counter[str] = Counter()
+        self.most_bytes: Counter[str] = Counter()
+        self.loads: list[tuple[str, str]] = []
+        self.phase = ""
+
+    def allocate(self, loader: Loader, spec: BlockSpec) -> Weights:
+        """In place of `Loader.new_weights`."""
+        layout = loader.layout(spec)
+        memory = Memory(layout.nbytes)
+        self._slots.append((spec.kind, layout.nbytes, weakref.ref(memory)))
+        alive = [(kind, nbytes) for kind, nbytes, slot in self._slots if slot() is not None]
+        for kind, count in Counter(kind for kind, _ in alive).items():
+            self.most[kind] = max(self.most[kind], count)
+        self.most_bytes[self.phase] = max(self.most_bytes[self.phase], sum(nbytes for _, nbytes in alive))
+        return Weights(spec, layout, torch.frombuffer(memory, dtype=torch.uint8), loader.dtype)
+
+    @property
+    def alive(self) -> int:
+        return sum(slot() is not None for *_, slot in self._slots)
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
+    found = Ledger()
+    fill = Loader.fill
+
+    def spy(loader: Loader, weights: Weights, spec: BlockSpec) -> None:
+        found.loads.append((spec.kind, spec.name))
+        fill(loader, weights, spec)
+
+    monkeypatch.setattr(Loader, "new_weights", lambda loader, spec: found.allocate(loader, spec))
+    monkeypatch.setattr(Loader, "fill", spy)
+    return found
+
+
+STEPS = 3
+
+
+def run_in(mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, image: Any = None, pictures: int = 1) -> Plan:
+    """Draw in the given mode, whatever the budget; returns the plan."""
+    pipe = GlmImagePipeline.from_pretrained(folder, device="cpu", dtype="float32")
+    chosen: list[Plan] = []
+
+    def plan(checkpoint: Checkpoint, dtype: str, request: GenerateRequest, budget: Any, **options: Any) -> Plan:
+        chosen.append(every_plan(checkpoint, dtype, request, **options)[MODES.index(mode)])
+        return chosen[-1]
+
+    monkeypatch.setattr("qruntime.pipeline.plan", plan)
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 0, "num_images_per_prompt": pictures}
+    pipe("a cat", image=image, height=64, width=64, prior_token_ids=tokens, **options)
+    return chosen[0]
+
+
+@pytest.mark.parametrize("folder", ["official", "quantised"])
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_streamed_transformer_never_holds_more_than_two_blocks(
+    folder: str, edit: bool, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from ..tiny import source_picture
+
+    sources = [source_picture(64, 64), source_picture(96, 64)] if edit else []
+    run_in("streamed", request.getfixturevalue(folder)("mixed"), monkeypatch, sources, pictures=2)
+    assert ledger.most["block"] == STREAM_SLOTS
+    assert ledger.most["adaln"] == STREAM_SLOTS
+    passes = 2 * STEPS + len(sources)
+    assert [name for kind, name in ledger.loads if kind == "block"] == [f"blocks.{i}" for i in range(5)] * passes
+    assert [name for kind, name in ledger.loads if kind == "adaln"] == [f"adaln.{i}" for i in range(5)]
+    assert ledger.alive == 0
+
+
+def test_a_swapped_run_holds_one_phase_and_loads_it_once(
+    official: Folder, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ..tiny import source_picture
+
+    run_in("swapped", official("mixed"), monkeypatch, [source_picture(64, 64)], pictures=2)
+    assert ledger.most["block"] == 5
+    assert not [load for load, times in Counter(ledger.loads).items() if times > 1]
+    assert ledger.alive == 0
+
+
+def test_the_counting_would_see_a_leak(official: Folder, ledger: Ledger) -> None:
+    loader = Loader(component(official()), CPU, torch.float32)
+    weights = loader.new_weights(loader.component.specs["blocks.0"])
+    view = weights.tensor("ff.net.2.weight")[1:].view(torch.int32)
+    del weights
+    assert ledger.alive == 1
+    del view
+    assert ledger.alive == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("folder", ["official", "quantised"])
+@pytest.mark.parametrize("edit", [False, True])
+def test_no_phase_holds_more_weights_than_planned(
+    mode: str, folder: str, edit: bool, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The plan's bytes of weights, less the code table of a draft, are what the slots take: no more, and not far less."""
+    from qruntime.memory.parts import Parts
+
+    from ..tiny import source_picture
+
+    phase = Parts.phase
+    names = {
+        "glyph_encoder": "encode text",
+        "vision_stem": "encode codes",
+        "vae_encoder": "encode latents",
+        "dit_stem": "denoise",
+        "vae_decoder": "decode",
+    }
+
+    def watched(self: Parts, *used: Any) -> Any:
+        ledger.phase = names[next(key for key, value in vars(self).items() if value is used[0])]
+        return phase(self, *used)
+
+    monkeypatch.setattr(Parts, "phase", watched)
+    sources = [source_picture(64, 64), source_picture(96, 64)] if edit else []
+    plan = run_in(mode, request.getfixturevalue(folder)("mixed"), monkeypatch, sources)
+    planned = {each.name: each.weights_bytes for each in plan.phases if each.name != "draft"}
+    assert ledger.most_bytes.keys() == planned.keys()
+    for name, nbytes in ledger.most_bytes.items():
+        assert nbytes <= planned[name]
+        if mode != "resident":  # where the draft, skipped here, would stay too
+            assert nbytes == planned[name], name
