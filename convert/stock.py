@@ -13,8 +13,8 @@ diffusers tells modules by the last part of their names, which the other small p
 these are int8.
 
 No model is built. Tensor by tensor is mapped, quantised, and written when a shard is full, so the memory needed is
-that of two shards and not of a component; loading the result with the stock libraries takes what they take. There is
-no resuming: what a killed run left is started again with `--overwrite`.
+that of a shard and a matrix, and not of a component; loading the result takes what the stock loaders take. There is no
+resuming: what a killed run left is started again with `--overwrite`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from qruntime.errors import CheckpointError, InputError
 from qruntime.models.spec import BlockSpec, LinearSpec, align
 from qruntime.models.weights import DTYPE_NAMES
 
-from .blocks import CHUNK_ELEMENTS
 from .journal import BlockRecord, TensorRecord, flush
 from .recipe import STOCK
 from .report import REPORT, build_report, to_bytes
@@ -51,6 +50,7 @@ from .staging import Staging, staging
 
 INSTALL = 'pip install "qruntime[reference,peers]"'
 SHARD_BYTES = 10**9
+_COMPARED_ELEMENTS = 2**18  # at once: few enough that their doubles stay in the processor's cache
 _WORKING_BYTES = 16 * 10**6  # headers, scales, configs, report, manifest
 _FILE_STEMS = {
     "text_encoder": "model",
@@ -221,9 +221,7 @@ class _StockConversion:
 
         Its `dtype` stays what it was: loaders that are told none choose it, and then the parts of the pipeline agree.
         """
-        config = cast(
-            dict[str, Any], read_json(self._source.path, f"{name}/config.json")
-        )  # `Checkpoint.open` saw to it
+        config = cast(dict[str, Any], read_json(self._source.path, f"{name}/config.json"))  # as `Checkpoint.open` saw
         config.pop("quantization_config", None)  # of a folder re-laid by recipe none
         config.pop("auto_map", None)  # names code in the folder, which is not carried over
         if name in _QUANTISED:
@@ -313,11 +311,12 @@ _QUANTISED: Mapping[str, Callable[[Component], dict[str, Any]]] = {_AR: _bitsand
 def _compare(values: Tensor, restored: Tensor) -> tuple[float, float]:
     """Sums over all elements of (W - W')^2 and of W^2, in double."""
     squared_error = squared_norm = 0.0
-    pieces = (tensor.reshape(-1).split(CHUNK_ELEMENTS) for tensor in (values, restored))
+    pieces = (tensor.reshape(-1).split(_COMPARED_ELEMENTS) for tensor in (values, restored.cpu()))
     for before, after in zip(*pieces, strict=True):
         exact = before.double()
-        squared_error += float((exact - after.cpu().double()).square().sum())
-        squared_norm += float(exact.square().sum())
+        difference = exact - after.double()
+        squared_error += float(difference.dot(difference))
+        squared_norm += float(exact.dot(exact))
     return squared_error, squared_norm
 
 

@@ -150,7 +150,7 @@ def to_vision_patches(
 
 def to_vae_input(image: Image.Image) -> Tensor:
     """What the VAE's encoder reads: float32 [1, 3, H, W] in -1..1, as diffusers' VaeImageProcessor makes it."""
-    return 2.0 * (_pixels(image).permute(2, 0, 1)[None].float() / 255.0) - 1.0
+    return 2.0 * (_pixels(image).permute(2, 0, 1)[None].contiguous().float() / 255.0) - 1.0
 
 
 # Pictures out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import device as devices
+from ..errors import InputError
 from . import torch_int4
 from .reference import apply_rope, dequantize_int4, dequantize_int8, linear_int4, linear_int8, rms_norm, rotate
 from .reference import attention as _attention
@@ -27,17 +28,29 @@ __all__ = [
     "torch_int4",
 ]
 
-MPS_QUERY_CHUNK = 1024  # MPS writes out the score matrix; this bounds it at 1024 rows
+MPS_SCORES = 2**28  # MPS writes out the score matrix; this many elements of it at a time, at most
+MPS_MAX_KEYS = 32766  # longer sums are silently wrong on some Apple chips
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """As `reference.attention`; on MPS a chunk of queries at a time, since scores are materialised there."""
-    if devices.kind(query.device) != "mps" or query.shape[1] <= MPS_QUERY_CHUNK:
+    """As `reference.attention`; on MPS a chunk of queries at a time, since scores are materialised there.
+
+    Raises `InputError` for more keys than MPS sums rightly.
+    """
+    if devices.kind(query.device) != "mps":
+        return _attention(query, key, value, mask)
+    heads, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    if keys > MPS_MAX_KEYS:
+        raise InputError(
+            f"attention over {keys} tokens is over the {MPS_MAX_KEYS} that MPS sums rightly", "draw smaller"
+        )
+    rows = max(1, MPS_SCORES // (heads * keys))
+    if rows >= queries:
         return _attention(query, key, value, mask)
     output = query.new_empty(query.shape)
-    for start in range(0, query.shape[1], MPS_QUERY_CHUNK):
-        rows = slice(start, start + MPS_QUERY_CHUNK)
-        output[:, rows] = _attention(query[:, rows], key, value, None if mask is None else mask[rows])
+    for start in range(0, queries, rows):
+        part = slice(start, start + rows)
+        output[:, part] = _attention(query[:, part], key, value, None if mask is None else mask[part])
     return output
 
 

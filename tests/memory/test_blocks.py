@@ -90,7 +90,8 @@ def test_official_and_relaid_weights_load_alike(
             for entry in (full.removeprefix(spec.prefix) for full in spec.source_tensors())
         }
         assert_same(filled(Loader(before, CPU, dtype), spec), wanted)
-        assert not pieces
+        assert bool(pieces) == (len(wanted) == 1 and dtype == torch.float32)
+        pieces.clear()
         assert_same(filled(Loader(after, CPU, dtype), spec), wanted)
         assert bool(pieces) == (dtype == torch.float32)
         pieces.clear()
@@ -98,9 +99,7 @@ def test_official_and_relaid_weights_load_alike(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["transformer", "vision_language_encoder"])
-def test_quantised_weights_load_as_they_are_stored(
-    quantised: Folder, name: str, dtype: torch.dtype
-) -> None:
+def test_quantised_weights_load_as_they_are_stored(quantised: Folder, name: str, dtype: torch.dtype) -> None:
     """But for plain tensors, which are cast, and int4 products that the device packs."""
     found = component(quantised("wide"), name)
     stored = {
@@ -135,10 +134,10 @@ def test_tensors_that_are_not_aligned_load_too(official: Folder, tmp_path: Path)
         header, data = take_apart(path)
         text = put_together(path, header, data).read_bytes()
         length = int.from_bytes(text[:8], "little")
-        padding = b" " * (1 + (1 - (8 + length)) % 4)  # the data then starts at an odd byte
-        put_together(path, text[8 : 8 + length] + padding[: 1 + (8 + length) % 2], data)
+        odd = text[8 : 8 + length] + b" " * (1 - length % 2)  # the data then starts at an odd byte
+        put_together(path, odd, data)
     before, after = component(official()), component(folder)
-    assert {tensor.start % 4 for tensor in after.tensors.values()} & {1, 3}
+    assert all(tensor.start % 2 for tensor in after.tensors.values())
     for spec in before.specs.values():
         assert_same(filled(Loader(after, CPU, torch.float32), spec), filled(Loader(before, CPU, torch.float32), spec))
 
@@ -253,11 +252,10 @@ def test_what_watches_may_end_a_pass(official: Folder, streamed: bool) -> None:
             raise InterruptedError
 
     blocks.watch(watch)
-    reached = 0
+    reached: list[Weights] = []
     with pytest.raises(InterruptedError):
-        for _ in blocks:
-            reached += 1
-    assert reached == 2  # it is asked before a block runs
+        reached.extend(blocks)
+    assert len(reached) == 2  # it is asked before a block runs
     assert len(list(blocks)) == 5
     assert asked == 3 + 5
 
@@ -271,9 +269,10 @@ def test_a_load_that_fails_leaves_no_half_filled_slot(official: Folder, monkeypa
             raise MemoryError
         fill(self, weights, spec)
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(Loader, "fill", failing)
-        list(blocks)
+        with pytest.raises(MemoryError):
+            list(blocks)
     assert blocks.live_slots == 1
     for weights, other in zip(blocks, blocks_of(official()), strict=True):
         assert_same(values(weights), values(other))
@@ -318,7 +317,7 @@ class Ledger:
         self.phase = ""
 
     def allocate(self, loader: Loader, spec: BlockSpec) -> Weights:
-        """In place of `Loader.new_weights`."""
+        """What `Loader.new_weights` makes, over memory that is counted."""
         layout = loader.layout(spec)
         memory = Memory(layout.nbytes)
         self._slots.append((spec.kind, layout.nbytes, weakref.ref(memory)))
@@ -339,10 +338,13 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     fill = Loader.fill
 
     def spy(loader: Loader, weights: Weights, spec: BlockSpec) -> None:
-        found.loads.append((spec.kind, spec.name))
+        found.loads.append((loader.component.name, spec.name))
         fill(loader, weights, spec)
 
-    monkeypatch.setattr(Loader, "new_weights", lambda loader, spec: found.allocate(loader, spec))
+    def new_weights(loader: Loader, spec: BlockSpec) -> Weights:
+        return found.allocate(loader, spec)
+
+    monkeypatch.setattr(Loader, "new_weights", new_weights)
     monkeypatch.setattr(Loader, "fill", spy)
     return found
 
@@ -350,7 +352,16 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
 STEPS = 3
 
 
-def run_in(mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, image: Any = None, pictures: int = 1) -> Plan:
+def run_in(
+    mode: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    image: Any = (),
+    *,
+    pictures: int = 1,
+    prompts: int = 1,
+    draft: bool = False,
+) -> Plan:
     """Draw in the given mode, whatever the budget; returns the plan."""
     pipe = GlmImagePipeline.from_pretrained(folder, device="cpu", dtype="float32")
     chosen: list[Plan] = []
@@ -360,9 +371,9 @@ def run_in(mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch, image: Any 
         return chosen[-1]
 
     monkeypatch.setattr("qruntime.pipeline.plan", plan)
-    tokens = torch.zeros(1, 16, dtype=torch.long)
+    tokens = None if draft else torch.zeros(1, 16, dtype=torch.long)
     options: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 0, "num_images_per_prompt": pictures}
-    pipe("a cat", image=image, height=64, width=64, prior_token_ids=tokens, **options)
+    pipe(["a cat"] * prompts, image=[list(image)] * prompts, height=64, width=64, prior_token_ids=tokens, **options)
     return chosen[0]
 
 
@@ -378,8 +389,9 @@ def test_a_streamed_transformer_never_holds_more_than_two_blocks(
     assert ledger.most["block"] == STREAM_SLOTS
     assert ledger.most["adaln"] == STREAM_SLOTS
     passes = 2 * STEPS + len(sources)
-    assert [name for kind, name in ledger.loads if kind == "block"] == [f"blocks.{i}" for i in range(5)] * passes
-    assert [name for kind, name in ledger.loads if kind == "adaln"] == [f"adaln.{i}" for i in range(5)]
+    loads = [name for component, name in ledger.loads if component == "transformer"]
+    assert [name for name in loads if name.startswith("blocks")] == [f"blocks.{i}" for i in range(5)] * passes
+    assert [name for name in loads if name.startswith("adaln")] == [f"adaln.{i}" for i in range(5)]
     assert ledger.alive == 0
 
 
@@ -410,7 +422,7 @@ def test_the_counting_would_see_a_leak(official: Folder, ledger: Ledger) -> None
 def test_no_phase_holds_more_weights_than_planned(
     mode: str, folder: str, edit: bool, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """The plan's bytes of weights, less the code table of a draft, are what the slots take: no more, and not far less."""
+    """Two prompts, since the second streams its AdaLN weights past blocks that stay. Edits draft too: that is quick."""
     from qruntime.memory.parts import Parts
 
     from ..tiny import source_picture
@@ -420,6 +432,7 @@ def test_no_phase_holds_more_weights_than_planned(
         "glyph_encoder": "encode text",
         "vision_stem": "encode codes",
         "vae_encoder": "encode latents",
+        "ar_layers": "draft",
         "dit_stem": "denoise",
         "vae_decoder": "decode",
     }
@@ -430,10 +443,14 @@ def test_no_phase_holds_more_weights_than_planned(
 
     monkeypatch.setattr(Parts, "phase", watched)
     sources = [source_picture(64, 64), source_picture(96, 64)] if edit else []
-    plan = run_in(mode, request.getfixturevalue(folder)("mixed"), monkeypatch, sources)
-    planned = {each.name: each.weights_bytes for each in plan.phases if each.name != "draft"}
+    path = request.getfixturevalue(folder)("mixed")
+    plan = run_in(mode, path, monkeypatch, sources, prompts=2, draft=edit)
+    planned = {each.name: each.weights_bytes for each in plan.phases if edit or each.name != "draft"}
+    if edit:  # the table of codes is no slot
+        config = Checkpoint.open(path).ar
+        ledger.most_bytes["draft"] += config.vq.codebook_size * config.text.hidden_size * 4
     assert ledger.most_bytes.keys() == planned.keys()
     for name, nbytes in ledger.most_bytes.items():
         assert nbytes <= planned[name]
-        if mode != "resident":  # where the draft, skipped here, would stay too
+        if mode != "resident":  # there the weights of all phases are counted in each, loaded or not
             assert nbytes == planned[name], name

@@ -144,13 +144,14 @@ def _held(values: Any) -> Any:
 class Emulation(TorchDispatchMode):
     """Runs operators on `MpsTensor`s.
 
-    `operators` are the names seen, `query_rows` is the most queries that attention saw at once.
+    `operators` are the names seen, `scores` is the most elements of a score matrix that attention
+    wrote out at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: set[str] = set()
-        self.query_rows = 0
+        self.scores = 0
         self._inside = False
 
     @contextmanager
@@ -189,7 +190,8 @@ class Emulation(TorchDispatchMode):
         _refuse_layouts(name, args, target)
         self.operators.add(name)
         if name == "aten::_scaled_dot_product_attention_math_for_mps":
-            self.query_rows = max(self.query_rows, args[0].shape[-2])
+            heads, rows = args[0].shape[-3:-1]
+            self.scores = max(self.scores, heads * rows * args[1].shape[-2])
         result = self._compute(func, args, kwargs, target)
         _refuse_types(name, _leaves(result))
         return result

@@ -30,7 +30,7 @@ from qruntime.request import GenerateRequest
 from .emulation import Emulation, Forbidden, emulated, kernels, mps_has
 
 LIST = Path(__file__).with_name("mps_operators.txt")
-QUERY_CHUNK = 16  # so that tiny sequences, too, are cut
+SCORES = 3200  # so that tiny sequences, too, are cut
 BF16_STEP = 2.0**-8  # distance of neighbours in bf16, relative; rounding errs by half of it
 
 # Listed operators whose one kernel serves every device. Some only make, place or copy tensors,
@@ -127,7 +127,7 @@ def path(folders: dict[str, Path]) -> dict[str, tuple[Emulation, Drawn]]:
     """What was seen while each folder drew, and the pictures."""
     found = {}
     for name, folder in folders.items():
-        with mock.patch.object(ops, "MPS_QUERY_CHUNK", QUERY_CHUNK), emulated() as seen:
+        with mock.patch.object(ops, "MPS_SCORES", SCORES), emulated() as seen:
             found[name] = seen, draw(folder, "mps")
     return found
 
@@ -158,7 +158,7 @@ def test_each_scheme_takes_its_mps_branch(path: dict[str, tuple[Emulation, Drawn
     official, small = path["official"][0].operators, path["small"][0].operators
     assert "aten::_weight_int4pack_mm" in small - official
     assert "aten::__rshift__.Scalar" in small - official  # int4 of many rows, dequantised
-    assert {seen.query_rows for seen, _ in path.values()} == {QUERY_CHUNK}
+    assert all(0 < seen.scores <= SCORES for seen, _ in path.values())
 
 
 @without_device
@@ -195,10 +195,10 @@ def test_attention_in_chunks_is_attention(rows: int, masked: bool) -> None:
     key, value = torch.randn(2, 2, 50, 8, generator=generator)
     mask = torch.arange(50) <= torch.arange(rows)[:, None] + 3 if masked else None
     expected = ops.attention(query, key, value, mask)
-    with mock.patch.object(ops, "MPS_QUERY_CHUNK", QUERY_CHUNK), emulated() as seen, torch.inference_mode():
+    with mock.patch.object(ops, "MPS_SCORES", SCORES), emulated() as seen, torch.inference_mode():
         on_device = [part.to("mps") for part in (query, key, value)]
         found = ops.attention(*on_device, None if mask is None else mask.to("mps")).cpu()
-    assert seen.query_rows == min(rows, QUERY_CHUNK)
+    assert seen.scores == 4 * 50 * min(rows, 16)  # 16 rows of 4 heads and 50 keys are 3200
     torch.testing.assert_close(found, expected)
 
 
@@ -253,7 +253,8 @@ def test_int4_product_of_the_shader(rows: int, n: int, k: int, group_size: int) 
 def test_int4_weights_from_a_file_reach_the_shader(rows: int, folders: dict[str, Path]) -> None:
     component = Checkpoint.open(folders["small"]).components["vision_language_encoder"]
     spec = component.specs["layers.1"]
-    x = {64: torch.randn(rows, 64), 128: torch.randn(rows, 128)}
+    generator = torch.Generator().manual_seed(rows)
+    x = {k: torch.randn(rows, k, generator=generator) for k in (64, 128)}
     with emulated(), torch.inference_mode():
         loader = Loader(component, torch.device("mps"), torch.bfloat16)
         weights = loader.new_weights(spec)

@@ -122,7 +122,8 @@ def test_a_mistake_is_seen(
         right = ours.conditioning(latents, glyphs, glyphs, ids, 499)
         other_ids = ids.clone()
         other_ids[0, 7] = (ids[0, 7] + 1) % VARIANTS["base"].codebook_size
-        mistakes = {
+        assert right.uncond_prior is not None
+        mistakes: dict[str, dict[str, Any]] = {
             "rows and columns swapped": {"rope": dit.rope_tables(ours.checkpoint.dit, 5, 3, CPU)},
             "one step of time": {"modulation": ours.conditioning(latents, glyphs, None, ids, 500).modulation},
             "the last norm's time": {

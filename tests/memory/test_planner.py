@@ -1,0 +1,273 @@
+"""The planner's promises, over many models, sizes and budgets: no file, no device, no weight is needed to check them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert.recipe import RECIPES
+from qruntime.checkpoint.reader import COMPONENTS, Checkpoint
+from qruntime.checkpoint.synthetic import configs
+from qruntime.errors import MemoryBudgetError
+from qruntime.memory.blocks import STREAM_SLOTS
+from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, plan
+from qruntime.models.spec import ALIGNMENT
+from qruntime.request import MAX_ASPECT, MAX_PICTURES, MAX_SIDE, MIN_SIDE, SIZE_MULTIPLE, GenerateRequest
+
+from .sparse import block_specs, in_memory, sparse_converted, sparse_official
+
+AR = "vision_language_encoder"
+PHASES = {"encode text", "encode codes", "encode latents", "draft", "denoise", "decode"}
+EDIT_PHASES = {"encode codes", "encode latents"}
+DTYPES = {"BF16": 2, "F32": 4}
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> Checkpoint:
+    """Models from tiny to full-size, of any recipe, in every relation of draft to transformer."""
+    files = configs(draw(st.booleans()))
+    text, transformer = files[f"{AR}/config.json"]["text_config"], files["transformer/config.json"]
+    text["num_hidden_layers"] = draw(st.integers(1, 40))
+    text["intermediate_size"] = 64 * draw(st.integers(1, 256))
+    files[f"{AR}/config.json"]["vision_config"]["depth"] = draw(st.integers(1, 40))
+    transformer["num_layers"] = draw(st.integers(1, 40))
+    transformer["num_attention_heads"] = draw(st.integers(1, 32))
+    files["text_encoder/config.json"]["num_layers"] = draw(st.integers(1, 12))
+    return in_memory(files, draw(st.sampled_from([None, *RECIPES])))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> GenerateRequest:
+    """Any size, with or without source pictures."""
+    short = draw(st.integers(MIN_SIDE // SIZE_MULTIPLE, MAX_SIDE // SIZE_MULTIPLE))
+    long = draw(st.integers(short, min(MAX_ASPECT * short, MAX_SIDE // SIZE_MULTIPLE)))
+    height, width = draw(st.permutations([short, long]))
+    return GenerateRequest(
+        prompt=draw(st.sampled_from(["", "a cat", "猫" * 500, "x" * 8192])),
+        images=("source",) * draw(st.integers(0, 3)),
+        height=SIZE_MULTIPLE * height,
+        width=SIZE_MULTIPLE * width,
+        num_inference_steps=draw(st.integers(1, 100)),
+        guidance_scale=draw(st.sampled_from([1.0, 1.5])),
+        num_images_per_prompt=draw(st.integers(1, MAX_PICTURES)),
+        seed=0,
+    )
+
+
+def chosen(checkpoint: Checkpoint, dtype: str, request: GenerateRequest, budget: int, **options: Any) -> Plan | None:
+    """The plan within a budget, or None where it is refused."""
+    try:
+        return plan(checkpoint, dtype, request, budget, **options)
+    except MemoryBudgetError:
+        return None
+
+
+cases = given(checkpoint=checkpoints(), dtype=st.sampled_from(sorted(DTYPES)), request=requests())
+quick = settings(max_examples=30, deadline=None)
+
+
+@cases
+@quick
+def test_a_peak_is_the_overhead_and_the_largest_phase(
+    checkpoint: Checkpoint, dtype: str, request: GenerateRequest
+) -> None:
+    plans = every_plan(checkpoint, dtype, request, overhead_bytes=12345)
+    assert [each.mode for each in plans] == list(MODES)
+    for each in plans:
+        assert {phase.name for phase in each.phases} == (PHASES if request.images else PHASES - EDIT_PHASES)
+        assert each.overhead_bytes == 12345
+        assert each.peak_bytes == 12345 + max(phase.weights_bytes + phase.working_bytes for phase in each.phases)
+        assert all(phase.weights_bytes > 0 and phase.working_bytes > 0 for phase in each.phases)
+    working = [[phase.working_bytes for phase in each.phases] for each in plans]
+    assert working[0] == working[1] == working[2]  # where weights lie changes nothing about the work
+
+
+@cases
+@quick
+@given(share=st.floats(0.5, 1.5))
+def test_an_accepted_budget_is_kept(checkpoint: Checkpoint, dtype: str, request: GenerateRequest, share: float) -> None:
+    plans = every_plan(checkpoint, dtype, request)
+    for reference in plans:
+        for budget in (int(reference.peak_bytes * share), reference.peak_bytes, reference.peak_bytes - 1):
+            found = chosen(checkpoint, dtype, request, budget)
+            fitting = [each for each in plans if each.peak_bytes <= budget]
+            assert found == (fitting[0] if fitting else None)
+            assert found is None or found.peak_bytes <= budget
+
+
+@cases
+@quick
+@given(budgets=st.lists(st.integers(0, 80 * GB), min_size=2, max_size=8))
+def test_more_budget_never_takes_more_away(
+    checkpoint: Checkpoint, dtype: str, request: GenerateRequest, budgets: list[int]
+) -> None:
+    ranks = []
+    for budget in sorted(budgets):
+        found = chosen(checkpoint, dtype, request, budget)
+        ranks.append(MODES.index(found.mode) if found else len(MODES))
+    assert ranks == sorted(ranks, reverse=True)
+
+
+@cases
+@quick
+def test_a_plan_depends_on_nothing_else(checkpoint: Checkpoint, dtype: str, request: GenerateRequest) -> None:
+    before = copy.deepcopy((checkpoint, request))
+    first = every_plan(checkpoint, dtype, request)
+    assert first == every_plan(*copy.deepcopy((checkpoint, dtype, request)))
+    assert (checkpoint, request) == before
+    seeded = replace(request, seed=99, temperature=0.0, top_p=0.1)
+    assert first == every_plan(checkpoint, dtype, seeded)
+
+
+@cases
+@quick
+def test_a_larger_request_never_needs_less(checkpoint: Checkpoint, dtype: str, request: GenerateRequest) -> None:
+    def grown() -> list[GenerateRequest]:
+        found = [replace(request, num_inference_steps=request.num_inference_steps + 10)]
+        found.append(replace(request, guidance_scale=2.0))
+        if request.images:
+            found.append(replace(request, images=("source",) * (len(request.images) + 1)))
+        if request.num_images_per_prompt < MAX_PICTURES:
+            found.append(replace(request, num_images_per_prompt=request.num_images_per_prompt + 1))
+        if request.prompt:
+            found.append(replace(request, prompt=(request.prompt + "!")[:8192]))
+        side = {"height": min(MAX_SIDE, 2 * request.height), "width": min(MAX_SIDE, 2 * request.width)}
+        found.append(replace(request, **side))
+        return found
+
+    before = every_plan(checkpoint, dtype, request)
+    for larger in grown():
+        for small, large in zip(before, every_plan(checkpoint, dtype, larger), strict=True):
+            for one, other in zip(small.phases, large.phases, strict=True):
+                assert other.weights_bytes == one.weights_bytes
+                if one.name == "draft" and larger.height * larger.width > request.height * request.width:
+                    continue  # the preview is rounded: its grid may lose a row where the picture gains many
+                assert other.working_bytes >= one.working_bytes, (one.name, larger)
+
+
+@cases
+@quick
+def test_weights_are_where_the_mode_says(checkpoint: Checkpoint, dtype: str, request: GenerateRequest) -> None:
+    resident, swapped, streamed = (
+        {phase.name: phase.weights_bytes for phase in each.phases} for each in every_plan(checkpoint, dtype, request)
+    )
+    assert len(set(resident.values())) == 1
+    everything = resident["draft"]
+    assert sum(swapped.values()) <= everything
+    if request.images:
+        assert sum(swapped.values()) == everything
+    for name in swapped:
+        if name != "denoise":
+            assert streamed[name] == swapped[name]
+    layers = checkpoint.dit.num_layers
+    if layers > STREAM_SLOTS:
+        assert streamed["denoise"] < swapped["denoise"]
+    blocks = swapped["denoise"] - streamed["denoise"]
+    assert blocks % (layers - STREAM_SLOTS or 1) == 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(full_size=st.booleans(), dtype=st.sampled_from(sorted(DTYPES)))
+def test_plain_weights_take_their_elements(full_size: bool, dtype: str) -> None:
+    """Against a count of the shapes: what stays in its file is left out, what is aligned may grow a little."""
+    files = configs(full_size)
+    checkpoint = in_memory(files)
+    request = GenerateRequest(prompt="", images=("source",))
+    found = {phase.name: phase.weights_bytes for phase in every_plan(checkpoint, dtype, request)[1].phases}
+
+    def count(component: str, *kinds: str) -> tuple[int, int]:
+        shapes = [
+            shape
+            for spec in block_specs(files)[component]
+            if spec.kind in kinds
+            for shape in spec.source_tensors().values()
+        ]
+        return sum(map(math.prod, shapes)), len(shapes)
+
+    text, codebook = checkpoint.ar.text, checkpoint.ar.vq.codebook_size
+    adaln = count("transformer", "adaln")[0] // checkpoint.dit.num_layers
+    wanted = {
+        "encode text": (*count("text_encoder", "encoder"), 0),
+        "encode codes": (*count(AR, "vision.stem", "vision.block", "vq"), 0),
+        "encode latents": (*count("vae", "encoder"), 0),
+        "decode": (*count("vae", "decoder"), 0),
+        "draft": (*count(AR, "layer", "head"), codebook * text.hidden_size),
+        "denoise": (*count("transformer", "stem", "block"), STREAM_SLOTS * adaln),
+    }
+    for name, (elements, tensors, more) in wanted.items():
+        exact = (elements + more) * DTYPES[dtype]
+        assert exact <= found[name] <= exact + ALIGNMENT * (tensors + 2 * STREAM_SLOTS)
+
+
+def test_without_a_budget_weights_are_swapped() -> None:
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="")
+    assert plan(checkpoint, "BF16", request, None) == every_plan(checkpoint, "BF16", request)[MODES.index("swapped")]
+
+
+def test_a_refusal_says_what_is_needed_and_where() -> None:
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="", height=1024, width=512)
+    least = every_plan(checkpoint, "BF16", request)[-1]
+    with pytest.raises(MemoryBudgetError) as refused:
+        plan(checkpoint, "BF16", request, 1_230_000_000)
+    message = refused.value.message
+    assert f"512x1024 needs {least.peak_bytes / GB:.2f} GB of device memory" in message
+    assert max(least.phases, key=lambda phase: phase.peak_bytes).name in message
+    assert "1.23 GB are allowed" in message
+    assert refused.value.tip
+    assert refused.value.exit_code == 2
+    assert plan(checkpoint, "BF16", request, least.peak_bytes) == least
+
+
+def test_the_sides_of_sources_that_were_opened_count() -> None:
+    checkpoint = in_memory(configs(True), "balanced")
+    request = GenerateRequest(prompt="", images=("source",), height=512, width=512)
+    guessed = every_plan(checkpoint, "BF16", request)
+    assert every_plan(checkpoint, "BF16", request, source_sides=[(512, 512)]) == guessed
+    large = every_plan(checkpoint, "BF16", request, source_sides=[(2048, 1024)])
+    for name in (*sorted(EDIT_PHASES), "draft", "denoise"):
+        small, larger = ({p.name: p.working_bytes for p in each[0].phases}[name] for each in (guessed, large))
+        assert larger > small
+
+
+# --- Full size --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_a_folder_is_planned_as_its_configs_are(tmp_path: Path, recipe: str | None) -> None:
+    """Opened from files whose weights are holes, and so without reading one."""
+    folder = sparse_converted(tmp_path, recipe) if recipe else sparse_official(tmp_path)
+    opened, made = Checkpoint.open(folder), in_memory(configs(True), recipe)
+    assert (opened.recipe, opened.converted) == (recipe or "none", recipe is not None)
+    for name in COMPONENTS:
+        assert opened.components[name].plain_dtype == made.components[name].plain_dtype
+    request = GenerateRequest(prompt="a cat", images=("source",))
+    assert every_plan(opened, "BF16", request) == every_plan(made, "BF16", request)
+
+
+@pytest.mark.parametrize(("recipe", "limit"), [("balanced", 17 * GB), ("quality", 19 * GB), ("small", 16 * GB)])
+def test_converted_folders_are_as_small_as_promised(tmp_path: Path, recipe: str, limit: int) -> None:
+    folder = sparse_converted(tmp_path, recipe)
+    assert 0.8 * limit < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= limit
+
+
+def test_the_official_folder_has_its_size(tmp_path: Path) -> None:
+    """35.8 GB: the shapes that we compute from the configurations are the official ones."""
+    nbytes = sum(path.stat().st_size for path in sparse_official(tmp_path).rglob("*") if path.is_file())
+    assert round(nbytes / GB, 1) == 35.8
+
+
+def test_what_common_cards_can_do() -> None:
+    """1024 x 1024 with `balanced`: 24 GB hold everything, 12 GB a phase, 8 GB the draft and two blocks."""
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="a cat")
+    options = {"overhead_bytes": CUDA_CONTEXT_BYTES}
+    for gigabytes, mode in ((24, "resident"), (12, "swapped"), (8, "streamed")):
+        assert plan(checkpoint, "BF16", request, gigabytes * GB, **options).mode == mode
+    with pytest.raises(MemoryBudgetError):
+        plan(checkpoint, "BF16", request, 4 * GB, **options)
