@@ -23,7 +23,7 @@ import torch
 from qruntime import __version__
 from qruntime import device as devices
 from qruntime.checkpoint.hub import is_hub_id, is_wanted, locate, require_free
-from qruntime.checkpoint.index import checked_file, file_names, read_json
+from qruntime.checkpoint.index import COMPONENTS, checked_file, file_names, read_json
 from qruntime.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -33,7 +33,7 @@ from qruntime.checkpoint.manifest import (
     record_file,
     write_manifest,
 )
-from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
+from qruntime.checkpoint.reader import Checkpoint, Component
 from qruntime.checkpoint.writer import Shard, open_shard, plan_shards
 from qruntime.errors import InputError, QruntimeError
 from qruntime.models.spec import block_layout
@@ -120,7 +120,9 @@ def convert(
     again = "try again" if recipe == STOCK else "add --resume"
     out = Path(os.path.abspath(out))
     on = devices.resolve_device(device)
-    check_out(out, overwrite)  # again once it is locked, but here before anything is downloaded
+    _, *left_over = occupied_folders(out)
+    if not any(folder.exists() for folder in left_over):
+        check_out(out, overwrite)  # as `staging` will, but before anything is downloaded
     folder = locate(source, announce=announce or (lambda _: None))
     _check_places(folder, out)
     checkpoint = Checkpoint.open(folder)

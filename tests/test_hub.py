@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from qruntime.checkpoint.hub import (
     Sizes,
@@ -60,7 +60,7 @@ class PaperHub:
     """A hub with one model of the official files, 1 GB each weight file and 1 kB any other, and a cache."""
 
     cache: Path
-    files: dict[str, int] = field(
+    files: dict[str, int | None] = field(
         default_factory=lambda: {name: 10**9 if name.endswith("safetensors") else 1000 for name in OFFICIAL_FILES}
     )
     error: Exception | None = None
@@ -85,7 +85,7 @@ class PaperHub:
             siblings.append({"rfilename": file, "size": size, "blobId": f"blob-{i}"})
             if file.endswith("safetensors"):
                 siblings[-1]["lfs"] = {"size": size, "sha256": f"sha-{i}", "pointerSize": 134}
-        return huggingface_hub.ModelInfo(id=MODEL, sha=COMMIT, siblings=siblings)
+        return huggingface_hub.ModelInfo(id=MODEL, sha=COMMIT, siblings=siblings or None)
 
     def snapshot_download(self, name: str, **options: Any) -> str:
         self.calls.append({"name": name, **options})
@@ -143,7 +143,7 @@ def test_home_is_known(hub: PaperHub, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "GLM-Image").mkdir()
-    assert fetched(hub, "~/GLM-Image")[0] == tmp_path / "GLM-Image"
+    assert fetched(hub, "~/GLM-Image") == (tmp_path / "GLM-Image", [])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,7 @@ def test_home_is_known(hub: PaperHub, tmp_path: Path, monkeypatch: pytest.Monkey
         "zai-org/..",
         "../GLM-Image",
         "zai-org/GLM--Image",
+        "zai-org/GLM..Image",
         "zai-org/GLM Image",
         "zai-org/GLM-Image\n",
         "https://huggingface.co/zai-org/GLM-Image",
@@ -290,6 +291,7 @@ def test_needed_bytes_of_a_folder(hub: PaperHub, tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "vae" / "folder.json").mkdir()
     assert needed_bytes(tmp_path) == Sizes(110, 0)
 
 
@@ -368,9 +370,9 @@ def test_what_the_user_got_wrong(hub: PaperHub, error: Exception, complaint: str
 @pytest.mark.parametrize(
     ("error", "complaint"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk was full"),
+        (OSError(errno.ENOSPC, "No space left on device"), f"the disk was full before {MODEL} was fetched"),
         (httpx.ReadError("cut off", request=REQUEST), "could not be fetched: ReadError: cut off"),
-        (RuntimeError("Data processing error: \nhash"), "could not be fetched: RuntimeError: Data processing error"),
+        (RuntimeError("Data processing error:\nhash"), "could not be fetched: RuntimeError: Data processing error:"),
         (OSError(), "could not be fetched: OSError"),
     ],
 )
@@ -379,6 +381,7 @@ def test_a_download_that_breaks_off(hub: PaperHub, error: Exception, complaint: 
     with pytest.raises(QruntimeError, match=complaint) as refused:
         fetched(hub)
     assert refused.value.exit_code == 1
+    assert refused.value.message.endswith(complaint[-7:])
     assert str(refused.value).isprintable()
 
 
@@ -389,10 +392,23 @@ def test_an_interrupt_is_not_swallowed(hub: PaperHub) -> None:
 
 
 def test_another_model_is_not_fetched(hub: PaperHub) -> None:
-    hub.files = {"config.json": 10, "model.safetensors": 10**9}
-    with pytest.raises(InputError, match=r"has no model_index\.json"):
-        fetched(hub)
+    for files in ({"config.json": 10, "model.safetensors": 10**9}, {}):
+        hub.files = files
+        with pytest.raises(InputError, match=r"has no model_index\.json"):
+            fetched(hub)
     assert hub.calls == []
+
+
+def test_files_of_unknown_size_count_nothing(hub: PaperHub) -> None:
+    """The hub's library may leave a size out."""
+    hub.files = {"model_index.json": 10, "vae/config.json": None}
+    assert needed_bytes(MODEL, cache_dir=hub.cache) == Sizes(10, 10)
+
+
+def test_the_cache_is_the_librarys_own(hub: PaperHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.cache))
+    locate(MODEL, announce=lambda _: None)
+    assert hub.calls[0]["cache_dir"] == hub.cache
 
 
 @pytest.mark.parametrize(

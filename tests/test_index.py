@@ -113,6 +113,15 @@ def test_any_tensors_are_found(folder: Path, shapes: dict[str, tuple[str, list[i
     assert assert_equals_library(folder) == len(shapes)
 
 
+def test_gap_fillers_are_bytes_and_may_be_indexed(folder: Path) -> None:
+    header = {**GOOD, "__pad.a": entry("U8", [2], 14, 16)}
+    put_together(folder / "m.safetensors", header, bytes(16))
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(header, "m.safetensors")}))
+    assert list(index_component(folder)) == ["a", "b"]
+    put_together(folder / "m.safetensors", {**GOOD, "__pad.a": entry("F16", [1], 14, 16)}, bytes(16))
+    assert list(index_component(folder)) == ["a", "b", "__pad.a"]  # for the reader to complain about
+
+
 def test_official_shards_are_found(official: Callable[..., Path]) -> None:
     for component in COMPONENTS:
         assert assert_equals_library(official() / component)

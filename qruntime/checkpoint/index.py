@@ -167,9 +167,9 @@ def index_component(folder: Path) -> dict[str, StoredTensor]:
             tensors[tensor.name] = tensor
             if len(tensors) > MAX_TENSORS:
                 raise CheckpointError(f"{component} holds over {MAX_TENSORS} tensors", _AGAIN)
-    absent = [name for name in mapped or () if name not in tensors and not name.startswith(PAD)]
-    if mapped and absent:
-        raise CheckpointError(f"{component}/{mapped[absent[0]]} lacks {absent[0]}, which the index puts there", _AGAIN)
+    for name, file in (mapped or {}).items():
+        if name not in tensors and not name.startswith(PAD):
+            raise CheckpointError(f"{component}/{file} lacks {name}, which the index puts there", _AGAIN)
     return tensors
 
 
@@ -255,7 +255,7 @@ def _read_header(path: Path, where: str) -> Iterator[StoredTensor]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
+            if length > size - 8:
                 raise CheckpointError(f"{where} has {size} bytes and announces a header of {length}", _AGAIN)
             if length > MAX_JSON_BYTES:
                 raise CheckpointError(f"{where} announces a header of {length} bytes, over {MAX_JSON_BYTES}", _AGAIN)

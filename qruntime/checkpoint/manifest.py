@@ -206,13 +206,10 @@ def _file_record(name: str, entry: object) -> FileRecord:
     parts = name.split("/")
     if len(parts) > 2 or not all(_PATH_PART.fullmatch(part) for part in parts) or name == MANIFEST:
         raise _wrong("the path of a file in the folder", name)
-    size = entry.get("bytes") if isinstance(entry, dict) else None
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(size, int)
-        or isinstance(size, bool)
-        or not 0 <= size <= _MAX_BYTES
-    ):
+    if not isinstance(entry, dict):
+        raise _wrong(f"size and hash of {name}", entry)
+    size = entry.get("bytes")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MAX_BYTES:
         raise _wrong(f"the size in bytes of {name}", size)
     return FileRecord(size, _text(entry, "sha256", _SHA256))
 

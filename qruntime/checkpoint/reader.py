@@ -7,7 +7,7 @@ tensors are taken one by one (`Component.tensor`).
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,35 +25,17 @@ from ..models.config import (
     SchedulerConfig,
     VaeConfig,
 )
-from ..models.spec import BlockSpec, Layout, block_layout
+from ..models.spec import BlockSpec, Layout, LinearSpec, block_layout
 from ..models.weights import TORCH_DTYPES
 from ..quant.scheme import DTYPE_BYTES, Scheme, SchemeMap
-from .index import StoredTensor, index_component
+from .index import COMPONENTS, StoredTensor, checked_file, index_component, read_json
 from .manifest import MANIFEST, check_manifest
 
-COMPONENTS = ("text_encoder", "transformer", "vae", "vision_language_encoder")
-MAX_JSON_BYTES = 32 * 2**20
 MAX_SCHEMES = 4096
+TOKENIZER_FILES = ("processor/tokenizer.json", "processor/tokenizer_config.json")
 _CLASS = "GlmImagePipeline"
 # Names under which some libraries store a tensor a second time; the copy is not read.
 ALIASES = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
-
-
-def read_json(folder: Path, name: str) -> object:
-    """A JSON file of a checkpoint; `name` may hold one folder. Raises `CheckpointError` when missing, too large or
-    malformed."""
-    path = folder / name
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{name} has {size} bytes, over {MAX_JSON_BYTES}", "fetch the checkpoint again")
-        return json.loads(path.read_text("utf-8"))
-    except OSError:
-        raise CheckpointError(
-            f"{path} cannot be read", "give a folder that holds a whole GLM-Image checkpoint"
-        ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{name} is not valid JSON", "fetch the checkpoint again") from None
 
 
 @dataclass
@@ -132,7 +114,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a folder", "give the folder of a GLM-Image checkpoint, or its hub id")
         index = Fields("model_index.json", read_json(path, "model_index.json"))
         index.must_be("_class_name", _CLASS)
-        recipe = check_manifest(path) if (path / MANIFEST).exists() else None
+        recipe = check_manifest(path) if os.path.lexists(path / MANIFEST) else None
         configs = {name: read_json(path, f"{name}/config.json") for name in COMPONENTS}
         ar_config = ArConfig.from_json(
             configs["vision_language_encoder"], read_json(path, "vision_language_encoder/generation_config.json")
@@ -140,13 +122,16 @@ class Checkpoint:
         dit_config = DitConfig.from_json(configs["transformer"])
         vae_config = VaeConfig.from_json(configs["vae"])
         glyph_config = GlyphConfig.from_json(configs["text_encoder"])
-        _agree(ar_config, dit_config, vae_config, glyph_config)
+        processor = _processor(path)
+        _agree(ar_config, dit_config, vae_config, glyph_config, processor)
         specs = {
             "text_encoder": glyph.block_specs(glyph_config),
             "transformer": dit.block_specs(dit_config),
             "vae": vae.block_specs(vae_config),
             "vision_language_encoder": ar.block_specs(ar_config) + vision.block_specs(ar_config),
         }
+        for name in TOKENIZER_FILES:
+            checked_file(path, name)
         components = {
             name: _open_component(path / name, name, specs[name], configs[name], converted=recipe is not None)
             for name in COMPONENTS
@@ -160,7 +145,7 @@ class Checkpoint:
             vae=vae_config,
             glyph=glyph_config,
             scheduler=SchedulerConfig.from_json(read_json(path, "scheduler/scheduler_config.json")),
-            processor=_processor(path),
+            processor=processor,
             components=components,
         )
 
@@ -168,12 +153,19 @@ class Checkpoint:
 def _processor(path: Path) -> ProcessorConfig:
     """Newer libraries nest the image processor in `processor_config.json`; official folders have the other file."""
     names = ("preprocessor_config.json", "processor_config.json")
-    name = next((n for n in names if (path / "processor" / n).exists()), names[0])
+    name = next((n for n in names if os.path.lexists(path / "processor" / n)), names[0])
     return ProcessorConfig.from_json(read_json(path, f"processor/{name}"), name)
 
 
-def _agree(ar_config: ArConfig, dit_config: DitConfig, vae_config: VaeConfig, glyph_config: GlyphConfig) -> None:
+def _agree(
+    ar_config: ArConfig,
+    dit_config: DitConfig,
+    vae_config: VaeConfig,
+    glyph_config: GlyphConfig,
+    processor: ProcessorConfig,
+) -> None:
     pairs = (
+        ("patch sizes of processor and vision tower", processor.patch_size, ar_config.vision.patch_size),
         ("codebook sizes of AR model and transformer", ar_config.vq.codebook_size, dit_config.codebook_size),
         ("latent channels of vae and transformer", vae_config.latent_channels, dit_config.in_channels),
         ("text widths of text_encoder and transformer", glyph_config.d_model, dit_config.text_embed_dim),
@@ -221,10 +213,24 @@ def _schemes(name: str, config: object, *, converted: bool) -> SchemeMap:
     return SchemeMap({pattern: Scheme.from_json(value, pattern) for pattern, value in patterns.items()})
 
 
+def _check_schemes(component: Component, spec: BlockSpec) -> None:
+    """Groups and rotations must divide the columns of the matrices they are given to."""
+    for item in spec.items:
+        if isinstance(item, LinearSpec):
+            name = f"{spec.prefix}{item.names[0]}.weight"
+            scheme = component.schemes(name)
+            if scheme.fit(item.in_features) != scheme:
+                raise CheckpointError(
+                    f"{component.name}: {name} has {item.in_features} columns, which blocks of {scheme} do not divide",
+                    "convert the checkpoint again",
+                )
+
+
 def _check_tensors(component: Component) -> None:
     """Every tensor the model needs, with its shape, and no other."""
     wanted: dict[str, tuple[str | None, tuple[int, ...]]] = {}
     for spec in component.specs.values():
+        _check_schemes(component, spec)
         layout = component.layout(spec)
         plain = {name for name in spec.source_tensors() if component.schemes(name).kind == "plain"}
         for entry in layout.entries:

@@ -72,7 +72,7 @@ def configs(full_size: bool) -> dict[str, dict[str, Any]]:
         "rms_norm_eps": 1e-5,
         "attention_bias": True,
         "max_position_embeddings": 131072,
-        "pad_token_id": vocabulary - 209,
+        "pad_token_id": vocabulary - 223,
         "eos_token_id": codes + 1,
         "rope_parameters": {
             "rope_type": "default",

@@ -71,7 +71,7 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def rotate(x: Tensor, size: int) -> Tensor:
     """x [..., K] times the block-diagonal Hadamard matrix of `size` x `size` blocks."""
     matrix = hadamard(size, x.dtype, x.device)
-    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+    return (x.unflatten(-1, (x.shape[-1] // size, size)) @ matrix).flatten(-2)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -68,7 +68,7 @@ def linear(kind: str, x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | N
     """x [..., K] times the transposed int4 matrix packed as `kind`, plus bias: [..., N] in x's dtype."""
     groups, n, _ = scale_zero.shape
     k = x.shape[-1]
-    rows = x.reshape(-1, k)
+    rows = x.reshape(-1, k).contiguous()  # what all three products ask for
     if kind == "avx512":
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, q, k // groups, scale_zero)
     elif kind == "metal" and rows.shape[0] > METAL_MAX_ROWS:

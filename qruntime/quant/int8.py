@@ -26,10 +26,10 @@ def quantize_int8(weight: Tensor, rotation: int = 0) -> tuple[Tensor, Tensor]:
 def _rotate_rows(rows: Tensor, size: int) -> Tensor:
     """What `ops.rotate` computes, by sums and differences of pairs: each row's bits are its own, where a matrix product
     rounds by how many rows it is given."""
-    values = rows.reshape(-1, size).T.contiguous()
+    values = (rows.reshape(-1, size) / size**0.5).T.contiguous()
     half = 1
     while half < size:
         first, second = values.view(size // (2 * half), 2, half, -1).unbind(1)
         values = torch.stack((first + second, first - second), dim=1)
         half *= 2
-    return (values.view(size, -1).T / size**0.5).reshape(rows.shape)
+    return values.view(size, -1).T.reshape(rows.shape)

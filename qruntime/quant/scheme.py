@@ -80,6 +80,8 @@ class Scheme:
         """Read back `to_json`; raises `CheckpointError` on anything format 1 does not define."""
         if isinstance(fields, Mapping):
             kind, group_size, rotation = fields.get("type"), fields.get("group_size", 0), fields.get("rotation", 0)
+            if type(group_size) is not int or type(rotation) is not int:
+                kind = None
             if kind == "int4" and group_size in GROUP_SIZES and not rotation:
                 return Scheme("int4", group_size=group_size)
             if kind == "int8" and not group_size and rotation in (0, *ROTATIONS):

@@ -225,9 +225,11 @@ def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], None
         ("vision_language_encoder", "model.language_model.layers.2.mlp.down_proj.weight"),
     ],
 )
+@pytest.mark.parametrize("chunk", [8, blocks.CHUNK_ELEMENTS])
 def test_nan_and_infinite_values_are_counted_and_named(
-    official: Official, tmp_path: Path, component: str, name: str
+    official: Official, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str, name: str, chunk: int
 ) -> None:
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", chunk)
     source = shutil.copytree(official("base"), tmp_path / "source")
 
     def spoil(values: torch.Tensor) -> None:
