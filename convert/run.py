@@ -22,7 +22,7 @@ import torch
 
 from qruntime import __version__
 from qruntime import device as devices
-from qruntime.checkpoint.hub import is_hub_id, is_wanted, locate, require_free
+from qruntime.checkpoint.hub import is_hub_id, is_wanted, locate, require_free, require_room
 from qruntime.checkpoint.index import COMPONENTS, checked_file, file_names, read_json
 from qruntime.checkpoint.manifest import (
     MANIFEST,
@@ -48,6 +48,7 @@ from .staging import Staging, check_out, occupied_folders, staging
 
 _SMALL_FOLDERS = ("processor", "scheduler", "tokenizer")
 _MAX_CARRIED_BYTES = 128 * 2**20  # five times the largest tokenizer
+LARGEST_SHARE = 0.55  # of the official size: what the largest quantised folder takes
 _WORKING_BYTES = 16 * 10**6  # journal, report, manifest
 
 
@@ -123,6 +124,7 @@ def convert(
     _, *left_over = occupied_folders(out)
     if not any(folder.exists() for folder in left_over):
         check_out(out, overwrite)  # as `staging` will, but before anything is downloaded
+    require_room(source, out, LARGEST_SHARE if recipe == STOCK or RECIPES[recipe].schemes else 1.0)
     folder = locate(source, announce=announce or (lambda _: None))
     _check_places(folder, out)
     checkpoint = Checkpoint.open(folder)

@@ -351,7 +351,7 @@ def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
     lines += [
         "",
         "This tiny model has random weights: it runs the whole way and draws noise. The real one:",
-        f"  qruntime convert {HUB_ID} glm-image-balanced      (downloads 35.8 GB, writes about 16 GB)",
+        f"  qruntime convert {HUB_ID} glm-image-balanced      # downloads 35.8 GB, writes 16.4 GB",
         f"  qruntime generate {shlex.quote(args.prompt)} --model glm-image-balanced",
     ]
     reporter.result("\n".join(lines), files=files, seconds=seconds, bytes=sizes)

@@ -29,6 +29,7 @@ GLYPH_QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r
 GLYPH_MAX_TOKENS = 2048
 BYT5_PAD, BYT5_EOS, BYT5_FIRST_BYTE = 0, 1, 3
 """ByT5's vocabulary is fixed: pad, eos, unk, then the 256 bytes."""
+_AGAIN = "fetch the checkpoint again"
 
 Grid = tuple[int, int]
 Positions = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -98,7 +99,9 @@ class PromptTokenizer:
             ("image_token", control.image, image_id),
         ):
             if found != wanted:
-                raise CheckpointError(f"{name} is {found} in the tokenizer and {wanted} in the draft model's config")
+                raise CheckpointError(
+                    f"{name} is {found} in the tokenizer and {wanted} in the draft model's config", _AGAIN
+                )
         forbidden = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         return cls(tokenizer, control, forbidden, vocab_size)
 
@@ -108,9 +111,11 @@ class PromptTokenizer:
         for token_id in ids:
             # A tokenizer may also know a control token as a word of its vocabulary; such a file is refused, not obeyed.
             if token_id in self._forbidden_ids:
-                raise CheckpointError(f"the tokenizer turns plain text into control token {token_id}")
+                raise CheckpointError(f"the tokenizer turns plain text into control token {token_id}", _AGAIN)
             if token_id >= self._vocab_size:
-                raise CheckpointError(f"the tokenizer yields id {token_id} and the model has {self._vocab_size}")
+                raise CheckpointError(
+                    f"the tokenizer yields id {token_id} and the model has {self._vocab_size}", _AGAIN
+                )
         return ids
 
     def build(self, text: str, target: Grid, preview: Grid, source_grids: Sequence[Grid] = ()) -> ArPrompt:
@@ -160,7 +165,7 @@ class PromptTokenizer:
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start], full[start + len(plain) :]
-        raise CheckpointError("the tokenizer's template does not hold the text it is given")
+        raise CheckpointError("the tokenizer's template does not hold the text it is given", _AGAIN)
 
 
 def glyph_texts(prompt: str) -> list[str]:
@@ -210,20 +215,20 @@ def _by_axis(positions: Sequence[tuple[int, int, int]]) -> Positions:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing", "download the checkpoint again")
+        raise CheckpointError(f"{path} is missing", _AGAIN)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TOKENIZER_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "download the checkpoint again") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", _AGAIN) from None
     if len(data) > MAX_TOKENIZER_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_TOKENIZER_BYTES // 10**6} MB", "this is no tokenizer file")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not valid JSON", "download the checkpoint again") from None
+        raise CheckpointError(f"{path} is not valid JSON", _AGAIN) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object", "download the checkpoint again")
+        raise CheckpointError(f"{path} holds no JSON object", _AGAIN)
     return value
 
 
@@ -243,7 +248,7 @@ def _build(spec: dict[str, Any], path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is no tokenizer: {_one_line(error)}", "download the checkpoint again") from None
+        raise CheckpointError(f"{path} is no tokenizer: {_one_line(error)}", _AGAIN) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -254,7 +259,7 @@ def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> lis
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"the tokenizer failed on {len(text)} characters: {_one_line(error)}") from None
+        raise CheckpointError(f"the tokenizer failed on {len(text)} characters: {_one_line(error)}", _AGAIN) from None
     return ids
 
 
@@ -264,10 +269,10 @@ def _token_id(tokenizer: Tokenizer, config: dict[str, Any], name: str) -> int:
     if isinstance(token, dict):
         token = token.get("content")
     if not isinstance(token, str):
-        raise CheckpointError(f"tokenizer_config.json names no {name}", "download the checkpoint again")
+        raise CheckpointError(f"tokenizer_config.json names no {name}", _AGAIN)
     token_id = tokenizer.token_to_id(token)
     if token_id is None:
-        raise CheckpointError(f"the tokenizer does not know {name} {token[:40]!r}", "download the checkpoint again")
+        raise CheckpointError(f"the tokenizer does not know {name} {token[:40]!r}", _AGAIN)
     return int(token_id)
 
 

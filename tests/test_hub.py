@@ -25,6 +25,7 @@ from qruntime.checkpoint.hub import (
     needed_bytes,
     readable_size,
     require_free,
+    require_room,
 )
 from qruntime.errors import InputError, QruntimeError
 
@@ -423,3 +424,19 @@ def test_room_is_enough_when_it_is_just_enough(tmp_path: Path, monkeypatch: pyte
     require_free(tmp_path / "to" / "be", 5, "this")
     with pytest.raises(InputError, match=r"this needs 0\.0 MB"):
         require_free(tmp_path / "to" / "be", 6, "this")
+
+
+@pytest.mark.parametrize(("free", "fits"), [(16 * 10**9, True), (14 * 10**9, False)])
+def test_a_conversion_that_would_not_fit_is_refused_before_its_download(
+    hub: PaperHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    """Download and half of it again, on one disk: ten weight files of 1 GB."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.cache))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
+    if fits:
+        require_room(MODEL, tmp_path / "out", 0.5)
+    else:
+        with pytest.raises(InputError, match="the download and its conversion needs"):
+            require_room(MODEL, tmp_path / "out", 0.5)
+    require_room(tmp_path, tmp_path / "out", 1e9)  # a local folder is not downloaded
+    assert not [call for call in hub.calls if "cache_dir" in call]

@@ -268,9 +268,9 @@ def test_a_header_longer_than_its_file_is_refused(folder: Path, length: int) -> 
     assert_refused(folder, f"has 10 bytes and announces a header of {length}")
 
 
-@pytest.mark.parametrize("prefix", ["", "__pad"])
-def test_too_many_tensors_are_refused(folder: Path, prefix: str) -> None:
-    header = {f"{prefix}{i:x}": entry("U8", [0], 0, 0) for i in range(MAX_TENSORS + 1)}
+def test_too_many_tensors_are_refused(folder: Path) -> None:
+    """Gap fillers count: their headers cost as much."""
+    header = {f"__pad{i:x}": entry("U8", [0], 0, 0) for i in range(MAX_TENSORS + 1)}
     put_together(folder / "m.safetensors", header, b"")
     assert_refused(folder, f"over {MAX_TENSORS} tensors")
 

@@ -67,6 +67,24 @@ def require_free(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def require_room(model: str | Path, out: Path, share: float) -> None:
+    """Raise `InputError` before a download whose conversion would not fit: `share` of the model's size goes to `out`.
+
+    Where both lie on one disk, it must hold what is still to be fetched too. A local folder needs no download.
+    """
+    if not is_hub_id(model) or Path(model).is_dir():
+        return
+    sizes = needed_bytes(model)
+    needed = int(sizes.total_bytes * share)
+    existing = [
+        next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        for folder in (out, _cache_folder(None))
+    ]
+    if existing[0].stat().st_dev == existing[1].stat().st_dev:
+        needed += sizes.missing_bytes
+    require_free(out, needed, "the download and its conversion")
+
+
 def needed_bytes(model: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Sizes:
     """How large a model is, and how much of it `locate` would fetch. Fetches nothing; raises as `locate` does."""
     found = _find(model, revision, cache_dir)

@@ -31,7 +31,7 @@ from ..quant.scheme import DTYPE_BYTES, Scheme, SchemeMap
 from .index import COMPONENTS, StoredTensor, checked_file, index_component, read_json
 from .manifest import MANIFEST, check_manifest
 
-MAX_SCHEMES = 4096
+MAX_SCHEMES = 256
 TOKENIZER_FILES = ("processor/tokenizer.json", "processor/tokenizer_config.json")
 _CLASS = "GlmImagePipeline"
 # Names under which some libraries store a tensor a second time; the copy is not read.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from qruntime.quant.scheme import GROUP_SIZES, PLAIN, ROTATIONS, Scheme
 
 GB = 10**9
 PLAIN_DTYPES = ("F32", "BF16")
+quick = settings(max_examples=50, deadline=None)
 
 # Random blocks
 
@@ -67,6 +69,7 @@ def laid_out(block: tuple[BlockSpec, dict[str, Scheme]], plain: str) -> Layout:
     return block_layout(spec, lambda name: chosen.get(name, PLAIN), plain)
 
 
+@quick
 @given(st.integers(0, 10**6))
 def test_aligning(offset: int) -> None:
     assert align(offset) % ALIGNMENT == 0
@@ -74,18 +77,20 @@ def test_aligning(offset: int) -> None:
     assert ALIGNMENT == 64
 
 
+@quick
 @given(blocks(), st.sampled_from(PLAIN_DTYPES))
 def test_entries_neither_overlap_nor_leave_more_than_alignment_asks(
     block: tuple[BlockSpec, dict[str, Scheme]], plain: str
 ) -> None:
     layout = laid_out(block, plain)
     assert layout.entries[0].offset == 0
-    for before, after in zip(layout.entries, layout.entries[1:], strict=False):
+    for before, after in pairwise(layout.entries):
         assert after.offset in (before.end, align(before.end))
     assert layout.nbytes == align(layout.entries[-1].end)
     assert len({entry.name for entry in layout.entries}) == len(layout.entries)
 
 
+@quick
 @given(blocks(), st.sampled_from(PLAIN_DTYPES))
 def test_runs_are_aligned_and_members_adjacent(block: tuple[BlockSpec, dict[str, Scheme]], plain: str) -> None:
     """A view over q, k and v must hold nothing else, kind by kind: weights, scales, zeros, biases."""
@@ -103,11 +108,12 @@ def test_runs_are_aligned_and_members_adjacent(block: tuple[BlockSpec, dict[str,
         for run in runs:
             entries = [layout.entry(name) for name in run]
             assert entries[0].offset % ALIGNMENT == 0
-            assert all(a.end == b.offset for a, b in zip(entries, entries[1:], strict=False))
+            assert all(a.end == b.offset for a, b in pairwise(entries))
             order += run
     assert [entry.name for entry in layout.entries] == order
 
 
+@quick
 @given(blocks(), st.sampled_from(PLAIN_DTYPES))
 def test_entries_hold_what_the_schemes_say(block: tuple[BlockSpec, dict[str, Scheme]], plain: str) -> None:
     spec, chosen = block
@@ -119,10 +125,12 @@ def test_entries_hold_what_the_schemes_say(block: tuple[BlockSpec, dict[str, Sch
         if scheme == PLAIN:
             wanted[short] = (plain, shape)
         else:
-            wanted.update({short + part.suffix: (part.dtype, part.shape) for part in scheme.parts(*shape, plain)})
+            parts = scheme.parts(shape[0], shape[1], plain)
+            wanted.update({short + part.suffix: (part.dtype, part.shape) for part in parts})
     assert {entry.name: (entry.dtype, entry.shape) for entry in layout.entries} == wanted
 
 
+@quick
 @given(blocks())
 def test_the_name_and_prefix_of_a_block_do_not_move_it(block: tuple[BlockSpec, dict[str, Scheme]]) -> None:
     spec, chosen = block

@@ -122,14 +122,13 @@ def test_chunks_of_queries_are_the_whole(monkeypatch: pytest.MonkeyPatch, masked
         mask[:, 0] = True
     whole = ops.attention(query, key, value, mask)
     calls: list[int] = []
-    plain = ops._attention
 
     def counted(*arguments: Tensor) -> Tensor:
         calls.append(arguments[0].shape[1])
-        return plain(*arguments)
+        return reference.attention(*arguments)
 
     monkeypatch.setattr(devices, "kind", lambda device: "mps")
-    monkeypatch.setattr(ops, "MPS_QUERY_CHUNK", 4)
+    monkeypatch.setattr(ops, "MPS_SCORES", 4 * 4 * 13 + 5)  # four heads, four queries, thirteen keys
     monkeypatch.setattr(ops, "_attention", counted)
     torch.testing.assert_close(ops.attention(query, key, value, mask), whole, rtol=1e-6, atol=1e-6)
     assert calls == [4, 4, 3]

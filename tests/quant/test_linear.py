@@ -50,7 +50,7 @@ def product_error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
         return 0.0
     exact = exact_product(x, weight, bias)
     unit = exact.abs() + x.double().norm(dim=-1, keepdim=True) * weight.norm(dim=-1) / weight.shape[1] ** 0.5
-    return float(((found.double() - exact).abs() / unit).amax())
+    return float(((found.double() - exact).abs() / unit.clamp_min(1e-30)).amax())
 
 
 @schemes

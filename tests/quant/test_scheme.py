@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qruntime.errors import CheckpointError
@@ -19,6 +19,7 @@ from qruntime.quant.scheme import (
     name_matches,
 )
 
+quick = settings(max_examples=50, deadline=None)
 quantised = st.one_of(
     st.sampled_from(GROUP_SIZES).map(lambda size: Scheme("int4", group_size=size)),
     st.sampled_from((0, *ROTATIONS)).map(lambda size: Scheme("int8", rotation=size)),
@@ -31,6 +32,7 @@ indices = st.integers(0, 999).map(str)
 names = st.lists(st.one_of(words, indices), min_size=1, max_size=6).map(tuple)
 
 
+@quick
 @given(schemes, columns)
 def test_what_is_fitted_divides_the_width_and_keeps_the_kind_if_it_can(scheme: Scheme, k: int) -> None:
     fitted = scheme.fit(k)
@@ -45,11 +47,13 @@ def test_what_is_fitted_divides_the_width_and_keeps_the_kind_if_it_can(scheme: S
         assert fitted.rotation == max((r for r in ROTATIONS if r <= scheme.rotation and k % r == 0), default=0)
 
 
+@quick
 @given(schemes, columns)
 def test_fitting_twice_changes_nothing(scheme: Scheme, k: int) -> None:
     assert scheme.fit(k).fit(k) == scheme.fit(k)
 
 
+@quick
 @given(schemes, st.integers(1, 500), columns, plain_dtypes)
 def test_parts_have_the_bits_that_the_format_promises(scheme: Scheme, n: int, k: int, plain: str) -> None:
     fitted = scheme.fit(k)
@@ -67,6 +71,7 @@ def test_parts_have_the_bits_that_the_format_promises(scheme: Scheme, n: int, k:
     assert all(a.shape[1:] == b.shape[1:] for a, b in zip(parts, fitted.parts(n + 1, k, plain), strict=True))
 
 
+@quick
 @given(quantised)
 def test_json_and_back(scheme: Scheme) -> None:
     assert Scheme.from_json(scheme.to_json(), "a.*.weight") == scheme
@@ -102,6 +107,7 @@ near_misses = st.fixed_dictionaries(
 )
 
 
+@quick
 @given(st.one_of(json_values, near_misses))
 def test_what_is_read_is_of_the_format_or_refused(fields: object) -> None:
     try:
@@ -124,6 +130,7 @@ def test_plain_is_not_written_down() -> None:
         Scheme.from_json(PLAIN.to_json(), "a")
 
 
+@quick
 @given(names)
 def test_a_name_matches_itself_and_with_stars_for_indices(name: tuple[str, ...]) -> None:
     pattern = ["*" if part.isdigit() else part for part in name]
@@ -131,6 +138,7 @@ def test_a_name_matches_itself_and_with_stars_for_indices(name: tuple[str, ...])
     assert name_matches(".".join(pattern), ".".join(name))
 
 
+@quick
 @given(names, names)
 def test_a_pattern_matches_only_what_it_spells(pattern: tuple[str, ...], name: tuple[str, ...]) -> None:
     starred = tuple("*" if part.isdigit() else part for part in pattern)
@@ -141,6 +149,7 @@ def test_a_pattern_matches_only_what_it_spells(pattern: tuple[str, ...], name: t
     assert name_matches(".".join(pattern), ".".join(name)) == (pattern == name)
 
 
+@quick
 @given(names, words)
 def test_a_star_is_one_index_and_nothing_else(name: tuple[str, ...], word: str) -> None:
     assert name_matches(".".join((*name, "*")), ".".join((*name, "7")))
@@ -148,6 +157,7 @@ def test_a_star_is_one_index_and_nothing_else(name: tuple[str, ...], word: str) 
         assert not name_matches(".".join((*name, "*")), ".".join(other))
 
 
+@quick
 @given(names, st.lists(st.tuples(names, quantised), max_size=5))
 def test_the_first_pattern_that_matches_holds(
     name: tuple[str, ...], pairs: list[tuple[tuple[str, ...], Scheme]]
@@ -158,6 +168,7 @@ def test_the_first_pattern_that_matches_holds(
     assert SchemeMap(patterns)(joined) == (matching[0] if matching else PLAIN)
 
 
+@quick
 @given(names, quantised, quantised)
 def test_order_decides(name: tuple[str, ...], one: Scheme, other: Scheme) -> None:
     exact, starred = ".".join((*name, "3")), ".".join((*name, "*"))
