@@ -426,11 +426,11 @@ def test_room_is_enough_when_it_is_just_enough(tmp_path: Path, monkeypatch: pyte
         require_free(tmp_path / "to" / "be", 6, "this")
 
 
-@pytest.mark.parametrize(("free", "fits"), [(16 * 10**9, True), (14 * 10**9, False)])
+@pytest.mark.parametrize(("free", "fits"), [(14 * 10**9, True), (13 * 10**9, False)])
 def test_a_conversion_that_would_not_fit_is_refused_before_its_download(
     hub: PaperHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
 ) -> None:
-    """Download and half of it again, on one disk: ten weight files of 1 GB."""
+    """Download and half of it again, on one disk: nine weight files of 1 GB."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.cache))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
     if fits:

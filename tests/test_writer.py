@@ -151,3 +151,11 @@ def test_shards_are_full() -> None:
         assert shard.nbytes <= 2000 < joined[0].nbytes
         assert len(shard.header) % ALIGNMENT == 0
         json.loads(shard.header[8:])
+
+
+def test_the_limit_is_exact() -> None:
+    specs = [BlockSpec(f"b{i}", "b", f"b{i}.", (TensorSpec("w", (40,)),)) for i in range(3)]
+    planned = [(spec, block_layout(spec, lambda _: PLAIN, "F32")) for spec in specs]
+    (pair,) = plan_shards(planned[:2], 10**9)
+    assert [len(shard.blocks) for shard in plan_shards(planned, pair.nbytes)] == [2, 1]
+    assert [len(shard.blocks) for shard in plan_shards(planned, pair.nbytes - 1)] == [1, 1, 1]

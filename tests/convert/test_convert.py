@@ -163,6 +163,21 @@ def test_the_source_s_shards_and_its_relaid_copy_give_the_same_weights(official:
     assert sources[0]["sha256"] == sources[1]["sha256"]
 
 
+@pytest.mark.parametrize("change", ["weight", "config"])
+def test_the_source_s_hash_covers_weights_and_configs(official: Official, tmp_path: Path, change: str) -> None:
+    source = shutil.copytree(official("base"), tmp_path / "source")
+    hashes = []
+    for out in ("before", "after"):
+        convert(source, tmp_path / out, recipe="none")
+        hashes.append(json.loads((tmp_path / out / "manifest.json").read_text())["source"]["sha256"])
+        if change == "weight":
+            change_tensor(source / "vae", "decoder.conv_out.bias", lambda values: values[0].add_(1))
+        else:
+            path = source / "scheduler" / "scheduler_config.json"
+            path.write_text(path.read_text().replace("0.25", "0.5"))
+    assert hashes[0] != hashes[1]
+
+
 def test_what_is_written_depends_on_no_path_and_no_time(official: Official, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     convert(official("base"), tmp_path / "first")

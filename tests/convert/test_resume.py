@@ -19,7 +19,7 @@ from convert.run import Progress, convert
 from convert.staging import Staging
 from qruntime.checkpoint.manifest import MANIFEST
 from qruntime.checkpoint.reader import Checkpoint
-from qruntime.errors import InputError
+from qruntime.errors import CheckpointError, InputError
 
 from .trees import tree
 
@@ -294,6 +294,17 @@ def test_a_finished_folder_of_another_recipe_is_not_renamed(official: Official, 
     assert not unpublished.exists()
     convert(official("base"), unpublished, recipe="small", overwrite=True)
     assert Checkpoint.open(unpublished).recipe == "small"
+
+
+def test_a_finished_folder_that_lost_something_is_not_renamed(official: Official, unpublished: Path) -> None:
+    partial = unpublished.with_name("out.partial")
+    shard = next((partial / "vae").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=shard.name):
+        convert(official("base"), unpublished, resume=True)
+    assert not unpublished.exists()
+    convert(official("base"), unpublished, overwrite=True)
+    assert Checkpoint.open(unpublished).recipe == "balanced"
 
 
 @pytest.mark.parametrize("renames", [1, 2])

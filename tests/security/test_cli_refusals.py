@@ -145,7 +145,11 @@ CHECKPOINTS = [
     pytest.param(text("transformer/config.json", "{" * 10**5), "transformer/config.json", id="JSON to choke on"),
     pytest.param(config("transformer/config.json", num_layers=10**9), "num_layers", id="a billion layers"),
     pytest.param(config("transformer/config.json", num_attention_heads=-1), "num_attention_heads", id="negative heads"),
-    pytest.param(config("vae/config.json", latents_std=[float("nan")] * 4), "vae/config.json is not valid JSON", id="NaN in a config"),
+    pytest.param(
+        config("vae/config.json", latents_std=[float("nan")] * 4),
+        "vae/config.json is not valid JSON",
+        id="NaN in a config",
+    ),
     pytest.param(cut(VAE_FILE, 1), VAE_FILE, id="a byte short"),
     pytest.param(announced_header(2**63), VAE_FILE, id="a header of exabytes"),
     pytest.param(header(lambda h: first(h).update(shape=[2**40, 2**40])), VAE_FILE, id="a shape of yottabytes"),
