@@ -134,3 +134,105 @@ class Rendering:
 
     def _seed(self, index: int) -> int:
         return self.seed * SEEDS + index
+
+    def _work(self, worker: int, workers: int) -> None:
+        """A worker's share of the rows: every `workers`-th text case, then every such edit."""
+        for row in range(worker, self.amount.texts, workers):
+            self._render_text(row)
+        for row in range(worker, self.amount.edits, workers):
+            self._render_edit(row)
+
+    def _render_text(self, row: int) -> None:
+        rows, case = self.texts, world.case(self._seed(row))
+        target, preview = self._grids
+        rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview), case.prompt)
+        self._put_picture(rows, row, 0, case.truth)
+        rows.labels[row] = letter_labels(case.truth, self.sizes.side, self.sizes.grid)
+        if self.amount.previews:
+            rows.previews[row] = halved(world.render(case.truth, PREVIEW_SIDE))
+            rows.preview_labels[row] = letter_labels(case.truth, PREVIEW_SIDE, self.sizes.preview_grid)
+        rows.done[row] = 1
+
+    def _render_edit(self, row: int) -> None:
+        rows, case = self.edits, world.edit_case(self._seed(row))
+        target, preview = self._grids
+        rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview, [target]), case.prompt)
+        for slot, truth in enumerate((case.source, case.target)):
+            self._put_picture(rows, row, slot, truth)
+        rows.done[row] = 1
+
+    def _put_picture(self, rows: _Rows, row: int, slot: int, truth: Any) -> None:
+        picture = world.render(truth, self.sizes.side)
+        rows.pictures[row, slot] = np.asarray(picture)
+        rows.eyes[row, slot] = halved(picture)
+
+    def ready(self) -> tuple[int, int]:
+        """How many text cases and edits are done, counted from the first without a gap."""
+        return _leading(self.texts.done), _leading(self.edits.done)
+
+    def wait(self, amount: Amount, seconds: float) -> Amount:
+        """Wait until so much is rendered, or until the time is over; what there is then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            failed = [process.exitcode for process in self._processes if process.exitcode]
+            if failed:
+                raise RuntimeError(f"{len(failed)} rendering processes ended with exit code {failed[0]}")
+            texts, edits = self.ready()
+            if (texts >= amount.texts and edits >= amount.edits) or time.monotonic() >= deadline:
+                return Amount(min(texts, amount.texts), min(edits, amount.edits), amount.previews)
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+    def pictures(self, count: int, device: torch.device) -> Tensor:
+        """The first posters alone, uint8 [count, S, S, 3]."""
+        return torch.from_numpy(self.texts.pictures[:count, 0]).to(device)
+
+    def data(self, amount: Amount, device: torch.device) -> Data:
+        """Everything of the first cases, on the device."""
+
+        def moved(array: Array) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        texts, edits = slice(amount.texts), slice(amount.edits)
+        target, preview = self._grids
+        return Data(
+            pictures=moved(self.texts.pictures[texts, 0]),
+            eyes=moved(self.texts.eyes[texts, 0]),
+            eye_labels=moved(self.texts.labels[texts]),
+            previews=moved(self.texts.previews[texts]),
+            preview_labels=moved(self.texts.preview_labels[texts]),
+            prompts=_prompts(self.texts, amount.texts, None, (preview, target)).to(device),
+            glyphs=moved(self.texts.glyphs[texts]).long(),
+            edit_sources=moved(self.edits.pictures[edits, 0]),
+            edit_source_eyes=moved(self.edits.eyes[edits, 0]),
+            edit_targets=moved(self.edits.pictures[edits, 1]),
+            edit_target_eyes=moved(self.edits.eyes[edits, 1]),
+            edit_prompts=_prompts(self.edits, amount.edits, (1, 1 + self.sizes.grid**2), (target,)).to(device),
+            edit_glyphs=moved(self.edits.glyphs[edits]).long(),
+        )
+
+
+def _prompts(rows: _Rows, count: int, slot: tuple[int, int] | None, grids: tuple[Grid, ...]) -> Prompts:
+    return Prompts.stacked(
+        torch.from_numpy(rows.ids[:count]).long(),
+        torch.from_numpy(rows.positions[:count]).long(),
+        torch.from_numpy(rows.lengths[:count]),
+        torch.from_numpy(rows.starts[:count]),
+        slot,
+        grids,
+    )
+
+
+def _leading(done: Array) -> int:
+    """How many ones an array starts with."""
+    gaps = np.flatnonzero(done == 0)
+    return int(gaps[0]) if len(gaps) else len(done)
+
+
+def halved(picture: Image.Image) -> Array:
+    """What the vision tower sees of a picture, as bytes: half its size, bicubic, as the runtime makes it."""
+    return np.asarray(picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BICUBIC))

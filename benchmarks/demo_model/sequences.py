@@ -6,14 +6,12 @@ positions the runtime gives them when it draws, and behind the last code the end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qruntime.prompt import ArPrompt, Grid
+from qruntime.prompt import Grid
 
 _MULTIPLE = 8  # lengths the attention kernels like
 
@@ -34,25 +32,17 @@ class Prompts:
     grids: tuple[Grid, ...]
 
     @staticmethod
-    def of(prompts: Sequence[ArPrompt], grids: tuple[Grid, ...], width: int | None = None) -> Prompts:
-        """Stack prompts whose grids are the same; `width` is P (default: what the longest needs)."""
-        width = width or -(-max(len(prompt.ids) for prompt in prompts) // _MULTIPLE) * _MULTIPLE
-        ids = np.zeros((len(prompts), width), dtype=np.int64)
-        positions = np.zeros((len(prompts), 3, width), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.ids)] = prompt.ids
-            positions[row, :, : len(prompt.ids)] = prompt.positions
-        slots = {prompt.image_slots for prompt in prompts}
-        if len(slots) != 1:
-            raise ValueError("prompts with source pictures in different places cannot be stacked")
-        return Prompts(
-            ids=torch.from_numpy(ids),
-            positions=torch.from_numpy(positions),
-            lengths=torch.tensor([len(prompt.ids) for prompt in prompts]),
-            starts=torch.tensor([prompt.decode_positions[0][0] for prompt in prompts]),
-            slot=next(iter(slots))[0] if slots != {()} else None,
-            grids=grids,
-        )
+    def stacked(
+        ids: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        starts: Tensor,
+        slot: tuple[int, int] | None,
+        grids: tuple[Grid, ...],
+    ) -> Prompts:
+        """From padded rows that are wider than the longest prompt needs."""
+        width = -(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE
+        return Prompts(ids[:, :width], positions[:, :, :width], lengths, starts, slot, grids)
 
     @property
     def drafted(self) -> int:
