@@ -206,7 +206,12 @@ def _schemes(name: str, config: object, *, converted: bool) -> SchemeMap:
     if not fields.has("quantization_config"):
         return SchemeMap()
     quantization = fields.section("quantization_config")
-    quantization.must_be("quant_method", "qruntime")
+    method = quantization.text("quant_method")
+    if method != "qruntime":
+        raise CheckpointError(
+            f"{name}/config.json: quant_method is {method!r:.40}, for diffusers and other stock loaders",
+            "load it with diffusers.GlmImagePipeline, or give the official checkpoint or one of another recipe",
+        )
     quantization.must_be("format", 1)
     fields.require(converted, "is quantised, but the folder has no manifest.json: the conversion did not finish")
     patterns = quantization.mapping("schemes", MAX_SCHEMES)
