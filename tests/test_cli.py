@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 import qruntime
 from qruntime import cli
 from qruntime.checkpoint.manifest import MANIFEST
-from qruntime.memory.planner import GB, MODES
+from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES
 from qruntime.pipeline import GlmImagePipeline
 from qruntime.request import GenerateRequest
 
@@ -344,6 +344,17 @@ def test_a_budget_is_kept_or_refused(call: Call, official: Folder) -> None:
         assert stats["predicted_bytes"] <= float(vram) * GB
         assert stats["predicted_bytes"] == max(stats["predicted_phases"].values())
     assert stats["plan"] == "resident"
+
+
+def test_a_budget_caps_the_allocator(call: Call, official: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This program owns its process; the library does not."""
+    capped: list[int] = []
+    monkeypatch.setattr("qruntime.device.cap_memory", lambda device, nbytes: capped.append(nbytes))
+    generate(call, official())
+    GlmImagePipeline.from_pretrained(official(), device="cpu", vram=8)
+    assert not capped
+    generate(call, official(), "--vram", "8")
+    assert capped == [8 * GB - CUDA_CONTEXT_BYTES]
 
 
 def test_an_error_while_drawing_leaves_no_picture(

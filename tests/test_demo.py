@@ -66,7 +66,9 @@ def test_twice_it_draws_the_same_and_overwrites_nothing(
     monkeypatch.chdir(tmp_path)
     prompt = 'it\'s a "sign" for $HOME; `ls`'
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     assert cli.main(["demo", prompt]) == 0
+    assert torch.get_num_threads() == 1  # with more, a busy machine takes a minute for it
     text = capsys.readouterr().out
     assert cli.main(["demo", prompt, "--json"]) == 0
     *events, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())

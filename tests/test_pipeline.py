@@ -319,6 +319,8 @@ def test_given_latents_are_the_noise(pipe: GlmImagePipeline) -> None:
     assert torch.equal(given.images, quick(pipe, num_images_per_prompt=2).images)
     assert not torch.equal(given.images[0], given.images[1])
     assert torch.equal(quick(pipe, latents=rows[1:], seed=0).images[0], given.images[1])
+    prompts = quick(pipe, prompt=[PROMPT, PROMPT], latents=rows)  # each prompt's picture has its row
+    assert torch.equal(prompts.images, given.images)
 
 
 @pytest.mark.parametrize(
@@ -720,6 +722,14 @@ def test_the_names_that_diffusers_uses_are_taken(official: Folder) -> None:
         assert GlmImagePipeline.from_pretrained(official(), device_map=strategy).device == auto
 
 
+@pytest.mark.parametrize("name", ["device", "device_map"])
+def test_device_zero_is_no_missing_device(official: Folder, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError) as refused:
+        GlmImagePipeline.from_pretrained(official(), **{name: 0 if name == "device" else {"": 0}})
+    assert_refused(refused.value, "'cuda:0'")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -842,6 +852,20 @@ def test_a_picture_is_the_same_at_any_budget(folder: str, edit: bool, request: p
     for mode in MODES[1:]:
         assert torch.equal(found[mode].prior_token_ids, found["resident"].prior_token_ids)
         assert torch.equal(found[mode].images, found["resident"].images)
+
+
+@pytest.mark.usefixtures("weights_decide")
+def test_weights_that_stayed_go_when_the_plan_says_so(official: Folder) -> None:
+    found = budgets(official("mixed"))
+    pipe = open_pipeline(official("mixed"), vram=found["resident"])
+    first = quick(pipe).images
+    assert held_bytes(pipe) > 0
+    pipe.vram_bytes = int(found["swapped"] * GB)
+    held = []
+    second = quick(pipe, progress=lambda _: held.append(held_bytes(pipe)))
+    assert held[0] == 0
+    assert second.stats["plan"] == "swapped"
+    assert torch.equal(second.images, first)
 
 
 @pytest.mark.usefixtures("weights_decide")

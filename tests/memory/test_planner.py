@@ -243,6 +243,25 @@ def test_a_refusal_says_what_is_needed_and_where() -> None:
     assert plan(checkpoint, "BF16", request, least.peak_bytes) == least
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_images_per_prompt": 2},  # each picture has its own codes
+        {"num_inference_steps": 51},  # each step its own modulation
+        {"images": ("source",)},
+        {"guidance_scale": 2.0},
+        {"prompt": "a cat and a dog"},
+    ],
+)
+def test_what_a_request_asks_more_takes_memory(more: dict[str, Any]) -> None:
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="a cat", guidance_scale=1.0)
+    less, needed = (
+        {phase.name: phase.working_bytes for phase in every_plan(checkpoint, "BF16", each)[0].phases}["denoise"]
+        for each in (request, replace(request, **more))
+    )
+    assert needed > less
+
+
 def test_the_sides_of_sources_that_were_opened_count() -> None:
     checkpoint = in_memory(configs(True), "balanced")
     request = GenerateRequest(prompt="", images=("source",), height=512, width=512)
