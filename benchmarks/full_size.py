@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_size FOLDER --recipe balanced --out benchmarks/results/NAME.json
 
-FOLDER needs room for the official layout (35.4 GB) and one converted folder (16 to 18 GB). A checkpoint that is already
+FOLDER needs room for the official layout (35.3 GB) and one converted folder (16 to 18 GB). A checkpoint that is already
 there is used again. Random weights tell nothing about pictures, and everything about bytes and time.
 """
 

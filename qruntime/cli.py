@@ -267,7 +267,8 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
         chosen = fitting[0] if fitting else f"none: {min(p.peak_bytes for p in plans) / GB:.2f} GB are needed"
         lines += ["", f"--vram {budget / GB:g}: {chosen}"]
     peaks = {plan.mode: plan.peak_bytes for plan in plans}
-    reporter.result("\n".join(lines), peak_bytes=peaks, modes=list(MODES), chosen=fitting[0] if fitting else None)
+    chosen_mode = fitting[0] if fitting and budget is not None else None
+    reporter.result("\n".join(lines), peak_bytes=peaks, modes=list(MODES), chosen=chosen_mode)
     return 0 if fitting else InputError.exit_code
 
 

@@ -507,6 +507,7 @@ def test_a_full_size_folder_is_planned_at_once(call: Call, full_size: dict[str, 
     assert run.code == 0
     assert list(peaks) == run.result["modes"] == list(MODES)
     assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
+    assert run.result["chosen"] is None  # nothing was asked for
     assert not torch.cuda.is_initialized()
 
 

@@ -282,7 +282,7 @@ def write_random(
     device: torch.device | None = None,
     announce: Callable[[str], None] = lambda message: None,
 ) -> None:
-    """Write a random checkpoint into a new folder: 35.4 GB in bf16 when `full_size`, else a few megabytes.
+    """Write a random checkpoint into a new folder: 35.3 GB in bf16 when `full_size`, else a few megabytes.
 
     Weights are drawn on `device` (default: CPU), where the seed fixes them.
     """

@@ -29,9 +29,9 @@ SPEC = BlockSpec(
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 
-def slot(scheme: Scheme, plain: str = "F32", fill: int = 0, spare: int = 0) -> Weights:
+def slot(scheme: Scheme, plain: str = "F32", fill: int = 0) -> Weights:
     layout = block_layout(SPEC, lambda _: scheme, plain)
-    buffer = torch.full((layout.nbytes + spare,), fill, dtype=torch.uint8)
+    buffer = torch.full((layout.nbytes,), fill, dtype=torch.uint8)
     return Weights(SPEC, layout, buffer, TORCH_DTYPES[plain])
 
 
@@ -99,7 +99,10 @@ def test_a_refilled_slot_shows_at_once() -> None:
 
 
 def test_a_longer_buffer_is_used_from_its_start() -> None:
-    weights = slot(PLAIN, spare=100)
+    layout = block_layout(SPEC, lambda _: PLAIN, "F32")
+    given = torch.zeros(layout.nbytes + 100, dtype=torch.uint8)
+    weights = Weights(SPEC, layout, given, torch.float32)
+    assert weights.buffer.data_ptr() == given.data_ptr(), "the caller refills what it gave"
     assert len(weights.buffer) == weights.layout.nbytes
     assert weights.tensor("norm.weight").data_ptr() == weights.buffer.data_ptr()
 
