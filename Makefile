@@ -12,7 +12,7 @@ demo:
 	$(BIN)/python -m qruntime demo
 
 test:
-	$(PYTHON) setup_env.py reference peers dev
+	$(PYTHON) setup_env.py reference peers bench dev
 	$(BIN)/python -m pytest -q -n auto
 
 lint:
