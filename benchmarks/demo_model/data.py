@@ -32,8 +32,8 @@ Array = NDArray[Any]
 
 HELD = 64  # posters at the end of the data, and edits, that no stage trains on
 TEXTS, TEXT_TOKENS = 2, 12  # most glyph texts of a prompt, and most ids of one with its pad and end
-CORPUS = 4000  # prompts the tokenizer's merges are learned on
-PROMPT_WIDTH = 160  # ids of the longest prompt, with a source picture's codes
+CORPUS = 3000  # posters and edits each whose prompts the tokenizer's merges are learned on
+PROMPT_WIDTH = 256  # ids that no prompt exceeds, with a source picture's codes
 SEEDS = 10_000_000  # training seeds a run may use: run s takes [s * SEEDS, (s + 1) * SEEDS)
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # what a cell may show; 0 is nothing, 1 the first
 
@@ -114,9 +114,8 @@ class Rendering:
 
     def __init__(self, folder: Path, sizes: Sizes, amount: Amount, seed: int, workers: int | None = None) -> None:
         self.sizes, self.amount, self.seed = sizes, amount, seed
-        corpus = [world.case(self._seed(i)).prompt for i in range(min(CORPUS, max(amount.texts, 1)))]
-        corpus += [world.edit_case(self._seed(i)).prompt for i in range(min(CORPUS, max(amount.edits, 1)))]
         if not (folder / "processor").exists():
+            corpus = [make(self._seed(i)).prompt for make in (world.case, world.edit_case) for i in range(CORPUS)]
             write_processor(folder / "processor", sizes, build_tokenizer(sizes, corpus))
         self._tokenizer = open_tokenizer(folder / "processor", sizes)
         self._grids = (sizes.grid, sizes.grid), (sizes.preview_grid, sizes.preview_grid)

@@ -106,7 +106,7 @@ def train_vae(run: Run, pictures: Tensor, box: Box) -> dict[str, float]:
         vae.encoder.conv_out.weight[sizes.latent_channels :] *= 0.1
         vae.encoder.conv_out.bias[sizes.latent_channels :] = FIRST_LOG_VARIANCE
     side = sizes.side
-    recipe = Recipe(lr=5e-4, batch=max(64 // run.scale, 4), weight_decay=0.0, average=200.0)
+    recipe = Recipe(lr=5e-4, batch=max(128 // run.scale, 4), weight_decay=0.0, average=200.0)
 
     def step(share: float) -> dict[str, Tensor]:
         size, batch = (side // 2, recipe.batch) if share < CROPS_UNTIL else (side, recipe.batch // 4)
@@ -185,7 +185,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
     codebook = eye.codebook
     codebook.table.requires_grad_(False)
     averages = _Averages(torch.ones(sizes.codes, device=run.device), F.normalize(codebook.table, dim=-1))
-    recipe = Recipe(lr=1e-3, batch=max(128 // run.scale, 4), weight_decay=0.02)
+    recipe = Recipe(lr=1.4e-3, batch=max(256 // run.scale, 4), weight_decay=0.02)
     scales = ((data.eyes, data.eye_labels, sizes.grid), (data.previews, data.preview_labels, sizes.preview_grid))
     done, fitted = 0, False
 
@@ -374,7 +374,7 @@ def train_ar(run: Run, data: Data, box: Box) -> dict[str, float]:
             for norm in (layer.post_self_attn_layernorm, layer.post_mlp_layernorm):
                 norm.weight.fill_(QUIET)
     run.compile(drafter.layers)
-    recipe = Recipe(lr=1.5e-3, batch=max(256 // run.scale, 4), weight_decay=0.05)
+    recipe = Recipe(lr=2e-3, batch=max(512 // run.scale, 4), weight_decay=0.05)
     end = torch.full((recipe.batch, 1), sizes.codes + 1, device=run.device)
     done = 0
 
@@ -440,7 +440,7 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
         initialise(module, generator)
     _quiet_start(painter, encoder)
     run.compile(painter.transformer_blocks)
-    recipe = Recipe(lr=1e-3, batch=max(256 // run.scale, 4), weight_decay=0.02, average=800.0)
+    recipe = Recipe(lr=1.4e-3, batch=max(512 // run.scale, 4), weight_decay=0.02, average=500.0)
     done = 0
 
     def velocity_error(index: Tensor, levels: Tensor, from_source: bool, *, learning: bool) -> Tensor:
@@ -472,8 +472,9 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
         done += 1
         from_source = done % EDIT_EVERY_DIT == 0
         pool = len((edits if from_source else texts).latents) - HELD
-        index = torch.randint(pool, (recipe.batch,), generator=generator, device=run.device)
-        return {"loss": velocity_error(index, _levels(recipe.batch, generator), from_source, learning=True).mean()}
+        batch = recipe.batch // 2 if from_source else recipe.batch  # an edit costs twice as much
+        index = torch.randint(pool, (batch,), generator=generator, device=run.device)
+        return {"loss": velocity_error(index, _levels(batch, generator), from_source, learning=True).mean()}
 
     numbers = train("dit", {"dit": painter, "glyph": encoder}, step, box, recipe, run.say)
     for name, module in (("dit", painter), ("glyph", encoder)):
@@ -486,7 +487,6 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
                 levels = torch.full((HELD,), level, device=run.device)
                 error = velocity_error(index, levels, from_source, learning=False).mean()
                 numbers[f"{name}_loss_at_{level}"] = float(error)
-    numbers |= draw_samples(run, data)
     return run.finish("dit", numbers)
 
 
@@ -569,4 +569,4 @@ def draw_samples(run: Run, data: Data) -> dict[str, float]:
     latents = denoise(painter, encoder, upsampled(drafted, sizes.grid), glyphs, STEPS, run.seed, dtype, condition)
     found, wanted = decode(vae, latents, dtype), as_tones(data.edit_targets[index])
     _save_sheet(run, "edits", torch.cat((as_tones(data.edit_sources[index]), wanted, found)), count // 2)
-    return {**numbers, "psnr_edits": psnr(found, wanted)}
+    return run.finish("samples", {**numbers, "psnr_edits": psnr(found, wanted)})

@@ -12,13 +12,13 @@ import torch
 from .config import FULL, MICRO
 from .data import HELD, Amount, Rendering
 from .loop import Box
-from .stages import Run, train_ar, train_dit, train_vae, train_vision
-from .store import write_facts
+from .stages import Run, draw_samples, train_ar, train_dit, train_vae, train_vision
+from .store import read_facts, write_facts
 
 STAGES = {"vae": 0.12, "vision": 0.13, "ar": 0.33, "dit": 0.42}  # and the share of the time each gets
 RENDER_SHARE = 0.25  # of all seconds: what is not rendered by then is left out
 VAE_POSTERS = 8192  # enough for the autoencoder, which starts while the others are rendered
-MICRO_RUN = 32, 2  # how much smaller batches are in tests, and how few pictures are drawn
+MICRO_RUN = 64, 2  # how much smaller batches are in tests, and how few pictures are drawn
 MICRO_STEPS = 100
 CLOSING_S = 12.0  # what a stage needs behind its last step, and before its first
 
@@ -83,6 +83,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
                 {"vision": train_vision, "ar": train_ar, "dit": train_dit}[stage](job, data, box(stage))
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+            if STAGES.keys() <= read_facts(folder).keys():
+                draw_samples(job, data)
         say(f"all done after {time.monotonic() - started:.0f} s")
     finally:
         rendering.stop()
