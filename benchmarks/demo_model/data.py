@@ -3,6 +3,9 @@
 Rendering costs more than a step of training, so it is done once, on all cores, and while the first stage already
 trains. Workers are forked before the device is touched, and write into anonymous shared mappings: nothing is copied
 between processes, and no limit of a shared-memory file system applies.
+
+The drafting model would soon know a fixed set of prompts by heart. It needs only codes of posters, which are small, so
+for it the workers go on rendering, round after round into one more set of arrays, as long as it trains.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ HELD = 64  # posters at the end of the data, and edits, that no stage trains on
 TEXTS, TEXT_TOKENS = 2, 12  # most glyph texts of a prompt, and most ids of one with its pad and end
 CORPUS = 3000  # posters and edits each whose prompts the tokenizer's merges are learned on
 PROMPT_WIDTH = 256  # ids that no prompt exceeds, with a source picture's codes
+ROUND_TEXTS, ROUND_EDITS = 24_000, 12_000  # of what is rendered while the drafting model trains
 SEEDS = 10_000_000  # training seeds a run may use: run s takes [s * SEEDS, (s + 1) * SEEDS)
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # what a cell may show; 0 is nothing, 1 the first
 
@@ -84,9 +88,10 @@ def _shared(shape: tuple[int, ...], dtype: type) -> Array:
 class _Rows:
     """The arrays of one kind of case, a row a case."""
 
-    def __init__(self, count: int, side: int, pictures: int, cells: int, previews: bool) -> None:
+    def __init__(self, count: int, side: int, pictures: int, cells: int, previews: bool, whole: bool = True) -> None:
         preview = PREVIEW_SIDE // 2 if previews else 0
-        self.pictures = _shared((count, pictures, side, side, 3), np.uint8)
+        self.whole, self.with_previews = whole, previews
+        self.pictures = _shared((count, pictures, *((side, side) if whole else (0, 0)), 3), np.uint8)
         self.eyes = _shared((count, pictures, side // 2, side // 2, 3), np.uint8)
         self.labels = _shared((count, cells), np.uint8)
         self.previews = _shared((count, preview, preview, 3), np.uint8)
@@ -110,10 +115,13 @@ class _Rows:
 
 
 class Rendering:
-    """Worker processes that fill the arrays; `start` it before the device is used."""
+    """Worker processes that fill the arrays; make it before the device is used."""
 
-    def __init__(self, folder: Path, sizes: Sizes, amount: Amount, seed: int, workers: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, sizes: Sizes, amount: Amount, seed: int, workers: int | None = None, rounds: bool = False
+    ) -> None:
         self.sizes, self.amount, self.seed = sizes, amount, seed
+        self.round = Amount(*(min(ROUND_TEXTS, amount.texts), min(ROUND_EDITS, amount.edits)) if rounds else (0, 0))
         if not (folder / "processor").exists():
             corpus = [make(self._seed(i)).prompt for make in (world.case, world.edit_case) for i in range(CORPUS)]
             write_processor(folder / "processor", sizes, build_tokenizer(sizes, corpus))
@@ -122,6 +130,9 @@ class Rendering:
         cells = sizes.grid**2
         self.texts = _Rows(amount.texts, sizes.side, 1, cells, amount.previews)
         self.edits = _Rows(amount.edits, sizes.side, 2, cells, False)
+        self.round_texts = _Rows(self.round.texts, sizes.side, 1, cells, True, whole=False)
+        self.round_edits = _Rows(self.round.edits, sizes.side, 2, cells, False, whole=False)
+        self._rounds_wanted = _shared((1,), np.int64)
         count = workers or max(1, (os.cpu_count() or 2) - 1)
         context = multiprocessing.get_context("fork")
         self._processes = [
@@ -134,34 +145,45 @@ class Rendering:
         return self.seed * SEEDS + index
 
     def _work(self, worker: int, workers: int) -> None:
-        """A worker's share of the rows: every `workers`-th text case, then every such edit."""
+        """A worker's share of the rows: every `workers`-th text case, then every such edit; then rounds, when asked."""
         for row in range(worker, self.amount.texts, workers):
-            self._render_text(row)
+            self._render_text(self.texts, row, row)
         for row in range(worker, self.amount.edits, workers):
-            self._render_edit(row)
+            self._render_edit(self.edits, row, row)
+        done = 0
+        while self.round.texts:
+            if done == self._rounds_wanted[0]:
+                time.sleep(0.02)
+                continue
+            for row in range(worker, self.round.texts, workers):
+                self._render_text(self.round_texts, row, self.amount.texts + done * self.round.texts + row)
+            for row in range(worker, self.round.edits, workers):
+                self._render_edit(self.round_edits, row, self.amount.edits + done * self.round.edits + row)
+            done += 1
 
-    def _render_text(self, row: int) -> None:
-        rows, case = self.texts, world.case(self._seed(row))
+    def _render_text(self, rows: _Rows, row: int, index: int) -> None:
+        case = world.case(self._seed(index))
         target, preview = self._grids
         rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview), case.prompt)
         self._put_picture(rows, row, 0, case.truth)
         rows.labels[row] = letter_labels(case.truth, self.sizes.side, self.sizes.grid)
-        if self.amount.previews:
+        if rows.with_previews:
             rows.previews[row] = halved(world.render(case.truth, PREVIEW_SIDE))
             rows.preview_labels[row] = letter_labels(case.truth, PREVIEW_SIDE, self.sizes.preview_grid)
-        rows.done[row] = 1
+        rows.done[row] += 1
 
-    def _render_edit(self, row: int) -> None:
-        rows, case = self.edits, world.edit_case(self._seed(row))
+    def _render_edit(self, rows: _Rows, row: int, index: int) -> None:
+        case = world.edit_case(self._seed(index))
         target, preview = self._grids
         rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview, [target]), case.prompt)
         for slot, truth in enumerate((case.source, case.target)):
             self._put_picture(rows, row, slot, truth)
-        rows.done[row] = 1
+        rows.done[row] += 1
 
     def _put_picture(self, rows: _Rows, row: int, slot: int, truth: Any) -> None:
         picture = world.render(truth, self.sizes.side)
-        rows.pictures[row, slot] = np.asarray(picture)
+        if rows.whole:
+            rows.pictures[row, slot] = np.asarray(picture)
         rows.eyes[row, slot] = halved(picture)
 
     def ready(self) -> tuple[int, int]:
@@ -191,35 +213,47 @@ class Rendering:
 
     def data(self, amount: Amount, device: torch.device) -> Data:
         """Everything of the first cases, on the device."""
+        return self._data(self.texts, self.edits, amount, device)
 
+    def fresh(self, device: torch.device) -> Data | None:
+        """A round of further cases, once it is rendered, without whole pictures; the next one is begun."""
+        wanted = int(self._rounds_wanted[0])
+        ready = min(self.round_texts.done.min(), self.round_edits.done.min()) == wanted % 256
+        if wanted and not ready:
+            return None
+        found = self._data(self.round_texts, self.round_edits, self.round, device) if wanted else None
+        self._rounds_wanted[0] = wanted + 1
+        return found
+
+    def _data(self, of_texts: _Rows, of_edits: _Rows, amount: Amount, device: torch.device) -> Data:
         def moved(array: Array) -> Tensor:
-            return torch.from_numpy(array).to(device)
+            return torch.tensor(array, device=device)  # a copy on CPUs too: rounds are written over
 
         texts, edits = slice(amount.texts), slice(amount.edits)
         target, preview = self._grids
         return Data(
-            pictures=moved(self.texts.pictures[texts, 0]),
-            eyes=moved(self.texts.eyes[texts, 0]),
-            eye_labels=moved(self.texts.labels[texts]),
-            previews=moved(self.texts.previews[texts]),
-            preview_labels=moved(self.texts.preview_labels[texts]),
-            prompts=_prompts(self.texts, amount.texts, None, (preview, target)).to(device),
-            glyphs=moved(self.texts.glyphs[texts]).long(),
-            edit_sources=moved(self.edits.pictures[edits, 0]),
-            edit_source_eyes=moved(self.edits.eyes[edits, 0]),
-            edit_targets=moved(self.edits.pictures[edits, 1]),
-            edit_target_eyes=moved(self.edits.eyes[edits, 1]),
-            edit_prompts=_prompts(self.edits, amount.edits, (1, 1 + self.sizes.grid**2), (target,)).to(device),
-            edit_glyphs=moved(self.edits.glyphs[edits]).long(),
+            pictures=moved(of_texts.pictures[texts, 0]),
+            eyes=moved(of_texts.eyes[texts, 0]),
+            eye_labels=moved(of_texts.labels[texts]),
+            previews=moved(of_texts.previews[texts]),
+            preview_labels=moved(of_texts.preview_labels[texts]),
+            prompts=_prompts(of_texts, amount.texts, None, (preview, target)).to(device),
+            glyphs=moved(of_texts.glyphs[texts]).long(),
+            edit_sources=moved(of_edits.pictures[edits, 0]),
+            edit_source_eyes=moved(of_edits.eyes[edits, 0]),
+            edit_targets=moved(of_edits.pictures[edits, 1]),
+            edit_target_eyes=moved(of_edits.eyes[edits, 1]),
+            edit_prompts=_prompts(of_edits, amount.edits, (1, 1 + self.sizes.grid**2), (target,)).to(device),
+            edit_glyphs=moved(of_edits.glyphs[edits]).long(),
         )
 
 
 def _prompts(rows: _Rows, count: int, slot: tuple[int, int] | None, grids: tuple[Grid, ...]) -> Prompts:
     return Prompts.stacked(
-        torch.from_numpy(rows.ids[:count]).long(),
-        torch.from_numpy(rows.positions[:count]).long(),
-        torch.from_numpy(rows.lengths[:count]),
-        torch.from_numpy(rows.starts[:count]),
+        torch.tensor(rows.ids[:count]).long(),
+        torch.tensor(rows.positions[:count]).long(),
+        torch.tensor(rows.lengths[:count]),
+        torch.tensor(rows.starts[:count]),
         slot,
         grids,
     )

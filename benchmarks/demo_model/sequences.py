@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qruntime.prompt import Grid
@@ -57,6 +58,20 @@ class Prompts:
         """The prompts at `index` [B]."""
         return Prompts(
             self.ids[index], self.positions[index], self.lengths[index], self.starts[index], self.slot, self.grids
+        )
+
+    def extended(self, others: Prompts, kept: Tensor) -> Prompts:
+        """These prompts and the `kept` of others, none longer than these, at the same width."""
+        width = self.ids.shape[1]
+        taken = others.take(kept)
+        gap = width - taken.ids.shape[1]  # negative: the others' padding is wider
+        return Prompts(
+            torch.cat((self.ids, F.pad(taken.ids, (0, gap)))),
+            torch.cat((self.positions, F.pad(taken.positions, (0, gap)))),
+            torch.cat((self.lengths, taken.lengths)),
+            torch.cat((self.starts, taken.starts)),
+            self.slot,
+            self.grids,
         )
 
     def sequences(self, codes: Tensor, sources: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

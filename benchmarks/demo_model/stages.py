@@ -27,6 +27,7 @@ from .draw import decode, denoise, draft, glyph_states, no_glyphs, psnr, sheet, 
 from .glyph import GlyphEncoder
 from .layers import initialise
 from .loop import Box, Recipe, train
+from .sequences import Prompts
 from .store import load_into, parts_of, save_state, write_facts
 from .vae import Resnet, Vae
 from .vision import Codebook, Eye, Sketcher
@@ -357,15 +358,54 @@ def _fit(codebook: Codebook, averages: _Averages, points: Tensor, generator: tor
 
 # AR
 
-EDIT_EVERY_AR = 5  # one batch in so many is of edits
+EDIT_EVERY_AR = 4  # one batch in so many is of edits
+FRESH_EVERY = 16  # steps between looks at what is rendered
 
 
-def train_ar(run: Run, data: Data, box: Box) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Drafts:
+    """What the drafting model learns from: prompts, the codes [N, drafted] behind them, a source picture's codes."""
+
+    prompts: Prompts
+    codes: Tensor
+    sources: Tensor | None
+
+    @staticmethod
+    def of_texts(run: Run, eye: Eye, data: Data) -> _Drafts:
+        codes = [encode_codes(run, eye, views) for views in (data.previews, data.eyes)]
+        return _Drafts(data.prompts, torch.cat(codes, dim=1), None)
+
+    @staticmethod
+    def of_edits(run: Run, eye: Eye, data: Data) -> _Drafts:
+        sources, codes = (encode_codes(run, eye, views) for views in (data.edit_source_eyes, data.edit_target_eyes))
+        return _Drafts(data.edit_prompts, codes, sources)
+
+    def take(self, index: Tensor) -> _Drafts:
+        return _Drafts(
+            self.prompts.take(index), self.codes[index], None if self.sources is None else self.sources[index]
+        )
+
+    def split(self, held: int) -> tuple[_Drafts, _Drafts]:
+        """All but the last `held`, and those."""
+        index = torch.arange(len(self.codes), device=self.codes.device)
+        return self.take(index[:-held]), self.take(index[-held:])
+
+    def extended(self, others: _Drafts) -> _Drafts:
+        """With others whose prompts are no longer than the longest here, so that shapes stay the same."""
+        kept = (others.prompts.lengths <= self.prompts.ids.shape[1]).nonzero()[:, 0]
+        sources = None
+        if self.sources is not None and others.sources is not None:
+            sources = torch.cat((self.sources, others.sources[kept]))
+        codes = torch.cat((self.codes, others.codes[kept]))
+        return _Drafts(self.prompts.extended(others.prompts, kept), codes, sources)
+
+
+def train_ar(run: Run, data: Data, box: Box, fresh: Callable[[], Data | None]) -> dict[str, float]:
+    """`fresh()` gives further posters and edits when some are rendered; they join those of `data`."""
     sizes, generator = run.sizes, run.generator("ar")
     eye = open_eye(run)
-    targets, previews = encode_codes(run, eye, data.eyes), encode_codes(run, eye, data.previews)
-    sources, changed = encode_codes(run, eye, data.edit_source_eyes), encode_codes(run, eye, data.edit_target_eyes)
-    drawn = torch.cat((previews, targets), dim=1)
+    texts, held_texts = _Drafts.of_texts(run, eye, data).split(HELD)
+    edits, held_edits = _Drafts.of_edits(run, eye, data).split(HELD)
     drafter = Drafter(parts_of(run.folder, sizes).ar).to(run.device)
     initialise(drafter, generator)
     with torch.no_grad():
@@ -375,42 +415,42 @@ def train_ar(run: Run, data: Data, box: Box) -> dict[str, float]:
                 norm.weight.fill_(QUIET)
     run.compile(drafter.layers)
     recipe = Recipe(lr=2e-3, batch=max(512 // run.scale, 4), weight_decay=0.05)
-    end = torch.full((recipe.batch, 1), sizes.codes + 1, device=run.device)
     done = 0
 
-    def loss_of(index: Tensor, edits: bool) -> tuple[Tensor, Tensor]:
-        """Losses and hits [B, drafted + 1]."""
-        prompts = (data.edit_prompts if edits else data.prompts).take(index)
-        codes = (changed if edits else drawn)[index]
-        ids, positions, heads = prompts.sequences(codes, sources[index] if edits else None)
+    def loss_of(drafts: _Drafts) -> tuple[Tensor, Tensor]:
+        """Losses and hits [B, drafted + 1]: of every code, and of the end."""
+        ids, positions, heads = drafts.prompts.sequences(drafts.codes, drafts.sources)
         states = drafter.states(ids, positions, run.dtype)
         states = states.gather(1, heads[..., None].expand(-1, -1, states.shape[-1]))
         logits = drafter.logits(states)
-        wanted = torch.cat((codes, end[: len(index)]), dim=1)
+        wanted = F.pad(drafts.codes, (0, 1), value=sizes.codes + 1)
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
         return losses, logits.argmax(-1) == wanted
 
     def step(share: float) -> dict[str, Tensor]:
-        nonlocal done
+        nonlocal done, texts, edits
+        if done % FRESH_EVERY == 0 and (more := fresh()) is not None:
+            texts = texts.extended(_Drafts.of_texts(run, eye, more))
+            edits = edits.extended(_Drafts.of_edits(run, eye, more))
         done += 1
-        edits = done % EDIT_EVERY_AR == 0
-        pool = len(sources if edits else drawn) - HELD
-        index = torch.randint(pool, (recipe.batch,), generator=generator, device=run.device)
-        return {"loss": loss_of(index, edits)[0].mean()}
+        pool = edits if done % EDIT_EVERY_AR == 0 else texts
+        index = torch.randint(len(pool.codes), (recipe.batch,), generator=generator, device=run.device)
+        return {"loss": loss_of(pool.take(index))[0].mean()}
 
     numbers = train("ar", {"ar": drafter}, step, box, recipe, run.say)
+    numbers |= {"texts": float(len(texts.codes)), "edits": float(len(edits.codes))}
     save_state(run.folder, "ar", drafter.state_dict())
     load_into(drafter, run.folder, "ar")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for name, pool, edits in (("text", len(drawn), False), ("edit", len(sources), True)):
-            index = torch.arange(pool - min(HELD, recipe.batch), pool, device=run.device)
-            losses, hits = loss_of(index, edits)
-            cells = slice(-1 - targets.shape[1], -1)
+        for name, drafts in (("text", held_texts), ("edit", held_edits)):
+            losses, hits = loss_of(drafts)
+            cells = slice(-1 - sizes.grid**2, -1)
             numbers[f"{name}_target_loss"] = float(losses[:, cells].mean())
             numbers[f"{name}_target_right"] = float(hits[:, cells].float().mean())
-            if not edits:
-                numbers["text_preview_loss"] = float(losses[:, : previews.shape[1]].mean())
-                numbers["text_preview_right"] = float(hits[:, : previews.shape[1]].float().mean())
+            if drafts.sources is None:
+                previews = slice(sizes.preview_grid**2)
+                numbers["text_preview_loss"] = float(losses[:, previews].mean())
+                numbers["text_preview_right"] = float(hits[:, previews].float().mean())
     return run.finish("ar", numbers)
 
 

@@ -49,7 +49,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
     amount = Amount(settings.texts, settings.edits, needs_previews)
     if set(settings.stages) == {"vae"}:
         amount = Amount(min(VAE_POSTERS, amount.texts), 0, False)
-    rendering = Rendering(folder, sizes, amount, settings.seed, settings.workers)
+    rounds = "ar" in settings.stages
+    rendering = Rendering(folder, sizes, amount, settings.seed, settings.workers, rounds)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
@@ -78,9 +79,11 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
                 raise RuntimeError(f"only {amount.texts} posters and {amount.edits} edits are rendered: give more time")
             say(f"{amount.texts} posters and {amount.edits} edits after {time.monotonic() - started:.0f} s")
             data = rendering.data(amount, device)
-            rendering.stop()
             for stage in remaining:
-                {"vision": train_vision, "ar": train_ar, "dit": train_dit}[stage](job, data, box(stage))
+                if stage == "ar":
+                    train_ar(job, data, box(stage), lambda: rendering.fresh(device))
+                else:
+                    {"vision": train_vision, "dit": train_dit}[stage](job, data, box(stage))
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             if STAGES.keys() <= read_facts(folder).keys():
