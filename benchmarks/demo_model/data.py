@@ -39,7 +39,7 @@ CORPUS = 3000  # posters and edits each whose prompts the tokenizer's merges are
 PROMPT_WIDTH = 256  # ids that no prompt exceeds, with a source picture's codes
 ROUND_TEXTS, ROUND_EDITS = 24_000, 12_000  # of what is rendered while the drafting model trains
 SEEDS = 10_000_000  # training seeds a run may use: run s takes [s * SEEDS, (s + 1) * SEEDS)
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # what a cell may show; 0 is nothing, 1 the first
+LABELS = ("", *world.ALPHABET, *world.KINDS)  # what a cell may show
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Data:
     """Everything the stages learn from, on the device.
 
     Pictures are uint8 [N, S, S, 3], what the vision tower sees of them `eyes` [N, S/2, S/2, 3] (halved as the runtime
-    halves them); `previews` are the halved pictures of posters rendered larger; `labels` [N, cells] say which letter a
-    cell shows; glyph ids [N, TEXTS, TEXT_TOKENS] are -1 where unused. Edits likewise, their sources and targets.
+    halves them); `previews` are the halved pictures of posters rendered larger; `labels` [N, cells] say which letter or
+    shape a cell shows; glyph ids [N, TEXTS, TEXT_TOKENS] are -1 where unused. Edits likewise, sources and targets.
     """
 
     pictures: Tensor
@@ -67,7 +67,7 @@ class Data:
 
     @property
     def label_count(self) -> int:
-        return len(LABELS) + 1
+        return len(LABELS)
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ class Rendering:
         target, preview = self._grids
         rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview), case.prompt)
         self._put_picture(rows, row, 0, case.truth)
-        rows.labels[row] = letter_labels(case.truth, self.sizes.side, self.sizes.grid)
+        rows.labels[row] = cell_labels(case.truth, self.sizes.side, self.sizes.grid)
         if rows.with_previews:
             rows.previews[row] = halved(world.render(case.truth, PREVIEW_SIDE))
-            rows.preview_labels[row] = letter_labels(case.truth, PREVIEW_SIDE, self.sizes.preview_grid)
+            rows.preview_labels[row] = cell_labels(case.truth, PREVIEW_SIDE, self.sizes.preview_grid)
         rows.done[row] += 1
 
     def _render_edit(self, rows: _Rows, row: int, index: int) -> None:
@@ -270,19 +270,19 @@ def halved(picture: Image.Image) -> Array:
     return np.asarray(picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BICUBIC))
 
 
-def letter_labels(truth: Any, side: int, grid: int) -> Array:
-    """For each cell of the grid, the letter that covers most of it, as its place in `LABELS` plus one, or 0 for none.
+def cell_labels(truth: Any, side: int, grid: int) -> Array:
+    """For each cell of the grid, the letter or shape that covers most of it, its place in `LABELS`, or 0 for none.
 
-    A letter counts where it covers at least a fifth of the cell.
+    Something counts where it covers at least a fifth of the cell.
     """
     cell = side / grid
     best = np.full((grid, grid), 0.2 * cell * cell)
     labels = np.zeros((grid, grid), dtype=np.uint8)
     edges = np.arange(grid) * cell
-    for letter, (left, top, right, bottom) in world.layout(truth, side):
+    for name, (left, top, right, bottom) in world.layout(truth, side):
         across = np.clip(np.minimum(right, edges + cell) - np.maximum(left, edges), 0, None)
         down = np.clip(np.minimum(bottom, edges + cell) - np.maximum(top, edges), 0, None)
         covered = down[:, None] * across
-        labels[covered > best] = LABELS.find(letter.upper()) + 1
+        labels[covered > best] = LABELS.index(name)
         best = np.maximum(best, covered)
     return labels.reshape(-1)

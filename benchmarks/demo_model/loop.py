@@ -1,7 +1,8 @@
 """The one training loop: AdamW under a time box, averaged weights, a line every few seconds.
 
 A stage is given seconds, not steps: the learning rate is a function of the share of them that has passed, so that the
-same command ends well on any machine. The clock starts behind the first steps, in which kernels are compiled.
+same command ends well on any machine. What a stage prepares and its first steps, in which kernels are compiled, are
+taken out of the same seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,15 @@ SYNC_STEPS = 8  # how often the loss is read back: the device may run this far b
 
 @dataclass(frozen=True)
 class Box:
-    """How long a stage may train: `seconds` on the clock or, for tests, a number of `steps`."""
+    """How long a stage may train: `seconds` from now or, for tests, a number of `steps`."""
 
     seconds: float
     steps: int | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        return self.begun + self.seconds
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def train(
             if done % SYNC_STEPS == 0:
                 _synchronise(cuda)
                 now = time.monotonic()
-            share = (now - begun) / max(box.seconds - (begun - started), 1.0)
+            share = (now - begun) / max(box.deadline - begun, 1.0)
         last = share >= 1.0
         due = now - reported >= REPORT_S if box.steps is None else done % REPORT_STEPS == 0
         if last or (due and done > WARM_STEPS):

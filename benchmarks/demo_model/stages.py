@@ -166,6 +166,7 @@ FREE_UNTIL = 0.3  # share of the time without a codebook, in which the tower lea
 FREE_NOISE = 0.03  # what stands in for the codebook's coarseness there
 REVIVE_EVERY, REVIVE_UNTIL, REVIVE_BELOW = 25, 0.7, 0.01
 FIT_ROUNDS, FIT_STEPS, FIT_POINTS = 16, 12, 100_000
+SCALE_WEIGHTS = 0.65, 0.35  # of the target's codes, which the transformer reads, and of the preview's
 MOSAICS = 0.5  # share of batches in which a part of each picture comes from another one
 
 
@@ -186,7 +187,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
     codebook = eye.codebook
     codebook.table.requires_grad_(False)
     averages = _Averages(torch.ones(sizes.codes, device=run.device), F.normalize(codebook.table, dim=-1))
-    recipe = Recipe(lr=1.4e-3, batch=max(256 // run.scale, 4), weight_decay=0.02)
+    recipe = Recipe(lr=1.8e-3, batch=max(512 // run.scale, 4), weight_decay=0.02)
     scales = ((data.eyes, data.eye_labels, sizes.grid), (data.previews, data.preview_labels, sizes.preview_grid))
     done, fitted = 0, False
 
@@ -198,7 +199,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
         index = torch.randint(len(data.eyes) - HELD, (recipe.batch,), generator=generator, device=run.device)
         total: dict[str, Tensor] = {}
         seen = []
-        for pictures, labels, grid in scales:
+        for (pictures, labels, grid), weight in zip(scales, SCALE_WEIGHTS, strict=True):
             views, marks = as_pixels(pictures[index], run.dtype), labels[index].long()
             if torch.rand(()) < MOSAICS:
                 views, marks = _mosaic(views, marks, grid)
@@ -220,7 +221,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
                 numbers["l1"] + 4 * numbers["mse"] + LABEL_WEIGHT * numbers["labels"] + COMMITMENT * numbers["commit"]
             )
             for key, value in {"loss": loss, **numbers}.items():
-                total[key] = total.get(key, 0) + value / len(scales)
+                total[key] = total.get(key, 0) + weight * value
         done += 1
         if fitted:
             points, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
