@@ -87,11 +87,12 @@ class _Layers:
 
     def conv(self, name: str, x: Tensor | _Upsampled, norm: str | None = None) -> Tensor:
         """A 3 x 3 convolution, behind norm and SiLU where a norm is named."""
-        affine = self._affine(norm, x) if norm is not None else None
         found = _empty_like(x, self._tensor(f"{name}.weight").shape[0])
+        activate = self._norm_silu(norm, x, found.shape[1]) if norm is not None else None
         for start, stop in _bands(x, found.shape[1]):
             rows, _ = _rows_and_neighbours(x, start, stop)
-            found[:, :, start:stop] = self._conv_rows(name, _activated(rows, affine), start, stop, x.shape[2])
+            rows = rows if activate is None else activate(rows)
+            found[:, :, start:stop] = self._conv_rows(name, rows, start, stop, x.shape[2])
         return found
 
     def downsampled(self, name: str, x: Tensor) -> Tensor:
@@ -118,19 +119,18 @@ class _Layers:
         """x + conv(norm(conv(norm(x)))), written over x where it is held and as wide."""
         total = x if isinstance(x, Tensor) and x.shape[1] == outputs else _empty_like(x, outputs)
         states = _empty_like(x, outputs)
-        affine = self._affine(f"{name}.norm1", x)
+        activate = self._norm_silu(f"{name}.norm1", x, outputs)
         for start, stop in _bands(x, outputs):
             rows, own = _rows_and_neighbours(x, start, stop)
             if x.shape[1] != outputs:
                 weight, bias = self._tensor(f"{name}.conv_shortcut.weight"), self._tensor(f"{name}.conv_shortcut.bias")
-                total[:, :, start:stop] = F.conv2d(rows[:, :, own], weight, bias)
+                total[:, :, start:stop] = F.conv2d(rows[:, :, own].contiguous(), weight, bias)  # MPS errs on slices
             elif total is not x:
                 total[:, :, start:stop] = rows[:, :, own]
-            rows = _activated(rows, affine)
-            states[:, :, start:stop] = self._conv_rows(f"{name}.conv1", rows, start, stop, x.shape[2])
-        affine = self._affine(f"{name}.norm2", states)
+            states[:, :, start:stop] = self._conv_rows(f"{name}.conv1", activate(rows), start, stop, x.shape[2])
+        activate = self._norm_silu(f"{name}.norm2", states, outputs)
         for start, stop in _bands(states, outputs):
-            rows = _activated(_rows_and_neighbours(states, start, stop)[0], affine)
+            rows = activate(_rows_and_neighbours(states, start, stop)[0])
             total[:, :, start:stop] += self._conv_rows(f"{name}.conv2", rows, start, stop, x.shape[2])
         return total
 
@@ -139,10 +139,22 @@ class _Layers:
         rows = F.pad(rows, (1, 1, int(start == 0), int(stop == height)))
         return F.conv2d(rows, self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias"))
 
-    def _affine(self, name: str, x: Tensor | _Upsampled) -> tuple[Tensor, Tensor]:
-        """A group norm as scale and shift of each channel, float32 [C, 1, 1]: its statistics are those of all rows.
+    def _norm_silu(self, name: str, x: Tensor | _Upsampled, outputs: int) -> Callable[[Tensor], Tensor]:
+        """A group norm and SiLU of the rows of x, a band at a time, with the statistics of all of them."""
+        weight, bias = self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias")
+        if len(list(_bands(x, outputs))) == 1:  # the rows will be all rows
+            return lambda rows: F.silu(F.group_norm(rows, self._groups, weight, bias, EPS), inplace=True)
+        mean, inverse = (v.repeat_interleave(x.shape[1] // self._groups) for v in self._statistics(x))
+        scale = weight.float() * inverse
+        shift = bias.float() - mean * scale
+        scale, shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        # The product is in float32, for one band.
+        return lambda rows: F.silu((rows * scale).add_(shift), inplace=True).to(rows.dtype)
 
-        Variances and means of bands are joined as Chan, Golub and LeVeque (1979) join those of samples.
+    def _statistics(self, x: Tensor | _Upsampled) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation of each group, float32 [groups].
+
+        Those of bands are joined as Chan, Golub and LeVeque (1979) join those of samples.
         """
         counts, parts = [], []
         for start, stop in _bands(x, 0):
@@ -153,11 +165,7 @@ class _Layers:
         share = torch.tensor(counts, dtype=torch.float32, device=means.device)[:, None] / sum(counts)
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean).square())).sum(0)
-        repeated = x.shape[1] // self._groups
-        inverse, mean = (v.repeat_interleave(repeated) for v in (torch.rsqrt(variance + EPS), mean))
-        scale = self._tensor(f"{name}.weight").float() * inverse
-        shift = self._tensor(f"{name}.bias").float() - mean * scale
-        return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        return mean, torch.rsqrt(variance + EPS)
 
 
 class _Upsampled:
@@ -187,14 +195,6 @@ def _rows_and_neighbours(x: Tensor | _Upsampled, start: int, stop: int) -> tuple
     """Rows start..stop with one more on either side, where there is one; and which of them are start..stop."""
     first = max(start - 1, 0)
     return _rows(x, first, min(stop + 1, x.shape[2])), slice(start - first, stop - first)
-
-
-def _activated(rows: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
-    """SiLU behind a norm, in float32 up to its end."""
-    if affine is None:
-        return rows
-    scale, shift = affine
-    return F.silu((rows * scale).add_(shift), inplace=True).to(rows.dtype)  # the product is in float32
 
 
 def _bands(x: Tensor | _Upsampled, channels: int) -> Iterator[tuple[int, int]]:
