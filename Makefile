@@ -22,8 +22,10 @@ lint:
 	$(BIN)/mypy
 
 bench:
-	$(PYTHON) setup_env.py
-	$(BIN)/python -m benchmarks.full_size build/bench --small --sizes 256x256 --steps 4 --out build/bench/results.json
+	$(PYTHON) setup_env.py reference bench
+	rm -f build/bench/results.json
+	$(BIN)/python -m benchmarks run --model tiny --out build/bench/results.json
+	$(BIN)/python -m benchmarks report build/bench/results.json --out build/bench
 
 clean:
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

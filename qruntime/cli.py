@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         reporter.error(QruntimeError("stopped by the user"))
+        return 1
+    except BrokenPipeError:  # who read the output has seen enough; what is left must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -213,8 +217,14 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
     out = pipe.generate(request, progress=reporter.progress)
     seconds = time.monotonic() - began
     files = []
+    made_with = {
+        "model": pipe.checkpoint.path.name,
+        "recipe": pipe.checkpoint.recipe,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "version": __version__,
+    }
     for index, picture in enumerate(out.images):
-        metadata = {**request.settings(index), "model": pipe.checkpoint.path.name, "version": __version__}
+        metadata = {**request.settings(index), **made_with}
         files.append(str(save_png(picture, output, metadata)))
     stages = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in out.stats["stages"].items())
     reporter.event("stats", f"seed {out.seed}, {seconds:.1f} s ({stages})", **out.stats)

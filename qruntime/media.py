@@ -172,7 +172,8 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """The path a picture may be saved under, checked before any work is done for it: a .png in a folder that exists."""
+    """The path a picture may be saved under, checked before any work is done for it: a .png in a folder that can be
+    written to."""
     output = Path(path)
     if "\0" in str(output):
         raise InputError("the output's name holds a NUL character", "choose another name")
@@ -182,6 +183,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         )
     if not output.parent.is_dir():
         raise InputError(f"there is no folder {_short(output.parent)}", "create it first")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{_short(output.parent)} is a folder that cannot be written to", "choose another")
     return output
 
 
@@ -189,8 +192,8 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], metadata: Mapping
     """Write `image` as PNG and return where: `path`, or `path` with _1, _2, ... added when that is taken.
 
     `metadata` is kept in the file twice: as A1111's `parameters` text and as JSON that replays the run; its keys are
-    those of `GenerateRequest.settings`, with `model` and `version`. Nothing is overwritten. Raises `InputError` where
-    the path is wrong and `QruntimeError` where writing fails, and leaves no file behind.
+    those of `GenerateRequest.settings`, with `model`, `recipe`, `dtype` and `version`. Nothing is overwritten. Raises
+    `InputError` where the path is wrong and `QruntimeError` where writing fails, and leaves no file behind.
     """
     output = check_output(path)
     info = PngInfo()
@@ -221,6 +224,8 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
         "Seed": metadata.get("seed"),
         "Size": f"{metadata['width']}x{metadata['height']}" if {"width", "height"} <= metadata.keys() else None,
         "Model": metadata.get("model"),
+        "Recipe": metadata.get("recipe"),
+        "Dtype": metadata.get("dtype"),
         "Version": f"qruntime {metadata['version']}" if "version" in metadata else None,
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items() if value is not None)

@@ -282,6 +282,8 @@ def test_a_picture_says_how_to_draw_it_again(call: Call, official: Folder, index
     assert json.loads(call("info", file).out) == settings  # people get the same, in lines
     assert settings.pop("version") == qruntime.__version__
     assert settings.pop("model") == official().name
+    assert settings.pop("recipe") == "none"
+    assert settings.pop("dtype") in ("bfloat16", "float32")
     request = GenerateRequest(**settings)
     assert (request.prompt, request.seed, request.num_images_per_prompt) == (prompt, 9 + index, 1)
     (again,) = GlmImagePipeline.from_pretrained(official(), device="cpu").generate(request).images
@@ -662,3 +664,15 @@ def test_a_folder_that_is_half_converted_is_refused_everywhere(call: Call, quant
         "convert": ["half", "made"],
     }
     call(command, *words[command]).assert_refused("did not finish")
+
+
+def test_a_reader_that_stops_early_is_no_error(official: Folder) -> None:
+    """`qruntime info DIR | head -1`: no traceback, and nothing more is said."""
+    code = "import sys; from qruntime.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, "info", str(official())], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert run.stdout is not None
+    run.stdout.close()
+    _, error = run.communicate(timeout=60)
+    assert (run.returncode, error) == (1, b"")

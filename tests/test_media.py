@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil, smart_resize
 
+from qruntime import media
 from qruntime.errors import CheckpointError, InputError, QruntimeError
 from qruntime.media import (
     EXIF_ORIENTATION,
@@ -528,8 +529,11 @@ def test_pictures_of_bfloat16_and_beyond_the_range() -> None:
 SETTINGS = {
     **GenerateRequest("a “cat”, 新年 👩‍🚀\nsecond line", seed=7, width=512).settings(),
     "model": "zai-org/GLM-Image",
+    "recipe": "balanced",
+    "dtype": "bfloat16",
     "version": "0.1.0",
 }
+MADE_WITH = ("model", "recipe", "dtype", "version")
 
 
 def test_a_saved_picture_reads_back_with_its_settings(tmp_path: Path) -> None:
@@ -542,14 +546,21 @@ def test_a_saved_picture_reads_back_with_its_settings(tmp_path: Path) -> None:
     read = read_metadata(path)
     assert read["qruntime"] == SETTINGS
     wanted = GenerateRequest("a “cat”, 新年 👩‍🚀\nsecond line", seed=7, width=512)
-    again = {key: value for key, value in read["qruntime"].items() if key not in ("model", "version")}
+    again = {key: value for key, value in read["qruntime"].items() if key not in MADE_WITH}
     assert GenerateRequest(**again) == wanted
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(InputError, match="cannot be written"):
+        media.check_output(tmp_path / "out.png")
 
 
 def test_the_parameters_text_is_the_one_picture_browsers_show() -> None:
     assert parameters_text(SETTINGS) == (
         "a “cat”, 新年 👩‍🚀\nsecond line\n"
-        "Steps: 50, CFG scale: 1.5, Seed: 7, Size: 512x1024, Model: zai-org/GLM-Image, Version: qruntime 0.1.0"
+        "Steps: 50, CFG scale: 1.5, Seed: 7, Size: 512x1024, Model: zai-org/GLM-Image, Recipe: balanced, "
+        "Dtype: bfloat16, Version: qruntime 0.1.0"
     )
     assert 'Model: "my, odd: model"' in parameters_text({**SETTINGS, "model": "my, odd: model"})
     assert parameters_text({"prompt": "a", "seed": 0}) == "a\nSeed: 0"

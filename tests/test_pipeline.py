@@ -812,10 +812,11 @@ def test_the_call_has_the_arguments_of_the_interface() -> None:
 @pytest.fixture
 def weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan as if weights were nearly all: in a tiny model they are nothing beside the working memory."""
-    for name in ("_SCAFFOLD_TOKENS", "_GLYPH_TOKENS", "_VAE_ELEMENTS_A_PIXEL", "_DENOISE_WIDTHS"):
+    for name in ("_SCAFFOLD_TOKENS", "_GLYPH_TOKENS", "_DENOISE_WIDTHS"):
         assert getattr(planner, name) > 1
         monkeypatch.setattr(planner, name, 1)
-    monkeypatch.setattr(planner, "_draft_working", lambda *_: 0)
+    for name in ("_draft_working", "_vae_working"):
+        monkeypatch.setattr(planner, name, lambda *_: 0)
 
 
 def asked(images: tuple[Any, ...] = ()) -> GenerateRequest:

@@ -2,14 +2,15 @@
 
 It draws noise, but it is whole: every file, name, shape and dtype is what the official folder has. The demo makes a
 small one where nothing may be downloaded, and speed and memory are measured on a full-size one. Weights are drawn at a
-deviation of 1 / sqrt(inputs), so that activations keep their scale through the depth of the model.
+deviation of 1 / sqrt(inputs), so that activations keep their scale through the depth of the model. Trained models have
+a few channels far larger than the rest, which is what makes them hard to quantise; `outliers` plants such channels.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from ..models.config import ArConfig, DitConfig, GlyphConfig, VaeConfig
 from ..models.spec import BlockSpec
 
 SHARD_BYTES = 2 * 10**9
+FILE_STEMS = {
+    "text_encoder": "model",
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "vision_language_encoder": "model",
+}
 TABLE_STD = 0.5  # of embedding rows, which no sum of inputs scales down
+OUTLIER_CHANNELS = 8  # of those that a block hands to the next
 TABLES = (
     "embed_tokens.weight",
     "prior_token_embedding.weight",
@@ -274,48 +282,57 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_random(
-    folder: Path,
-    *,
-    full_size: bool,
-    seed: int = 0,
-    device: torch.device | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> None:
-    """Write a random checkpoint into a new folder: 35.3 GB in bf16 when `full_size`, else a few megabytes.
+def read_specs(files: Mapping[str, Any]) -> dict[str, list[BlockSpec]]:
+    """The blocks of every component that these configurations (JSON by file name) describe."""
+    ar_config = ArConfig.from_json(
+        files["vision_language_encoder/config.json"], files["vision_language_encoder/generation_config.json"]
+    )
+    return {
+        "text_encoder": glyph.block_specs(GlyphConfig.from_json(files["text_encoder/config.json"])),
+        "transformer": dit.block_specs(DitConfig.from_json(files["transformer/config.json"])),
+        "vae": vae.block_specs(VaeConfig.from_json(files["vae/config.json"])),
+        "vision_language_encoder": ar.block_specs(ar_config) + vision.block_specs(ar_config),
+    }
 
-    Weights are drawn on `device` (default: CPU), where the seed fixes them.
-    """
-    files = configs(full_size)
+
+def write_small_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Write everything of a checkpoint but its weights: configurations, tokenizers, template."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
     (folder / "processor" / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
-    ar_config = ArConfig.from_json(
-        files["vision_language_encoder/config.json"], files["vision_language_encoder/generation_config.json"]
-    )
-    components = {
-        "text_encoder": ("model", glyph.block_specs(GlyphConfig.from_json(files["text_encoder/config.json"]))),
-        "transformer": (
-            "diffusion_pytorch_model",
-            dit.block_specs(DitConfig.from_json(files["transformer/config.json"])),
-        ),
-        "vae": ("diffusion_pytorch_model", vae.block_specs(VaeConfig.from_json(files["vae/config.json"]))),
-        "vision_language_encoder": ("model", ar.block_specs(ar_config) + vision.block_specs(ar_config)),
-    }
+
+
+def write_random(
+    folder: Path,
+    *,
+    full_size: bool,
+    seed: int = 0,
+    outliers: float = 1.0,
+    device: torch.device | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Write a random checkpoint into a new folder: 35.3 GB in bf16 when `full_size`, else a few megabytes.
+
+    Weights are drawn on `device` (default: CPU), where the seed fixes them. `outliers`: as in `random_tensor`.
+    """
+    files = configs(full_size)
+    write_small_files(folder, files)
     generator = torch.Generator(device or "cpu").manual_seed(seed)
-    for name, (stem, specs) in components.items():
+    for name, specs in read_specs(files).items():
         announce(f"writing {name}")
-        _write_component(folder / name, stem, specs, generator)
+        _write_component(folder / name, FILE_STEMS[name], specs, generator, outliers)
 
 
-def _write_component(folder: Path, stem: str, specs: list[BlockSpec], generator: torch.Generator) -> None:
+def _write_component(
+    folder: Path, stem: str, specs: list[BlockSpec], generator: torch.Generator, outliers: float
+) -> None:
     shards = list(_shards(specs))
     weight_map = {}
     for number, shapes in enumerate(shards, start=1):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+        tensors = {name: random_tensor(name, shape, generator, outliers).cpu() for name, shape in shapes.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shapes, file))
     if len(shards) > 1:
@@ -339,11 +356,20 @@ def _shards(specs: list[BlockSpec]) -> Iterator[dict[str, tuple[int, ...]]]:
     yield shard
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """One tensor in bf16, on the host."""
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, outliers: float = 1.0) -> Tensor:
+    """One tensor of a checkpoint by its name there, bf16, on the generator's device.
+
+    With `outliers` over 1, the same few channels reach every quantised product so many times as large as the others:
+    through the norms in front of it in the AR model, through AdaLN's scale in the diffusion transformer.
+    """
     if len(shape) == 1:
-        values = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-        return values.bfloat16()
+        values = (torch.zeros if name.endswith("bias") else torch.ones)(shape)
+        if outliers != 1.0 and name.endswith("norm1.linear.bias"):  # scale is the second and the fifth of six pairs
+            pairs = values.view(dit.CHUNKS // 2, 2, -1)
+            pairs[1::3, :, :: pairs.shape[-1] // OUTLIER_CHANNELS] = outliers - 1
+        elif outliers != 1.0 and name.endswith("layernorm.weight"):
+            values[:: len(values) // OUTLIER_CHANNELS] = outliers
+        return values.to(device=generator.device, dtype=torch.bfloat16)
     std = TABLE_STD if name.endswith(TABLES) else 1 / math.sqrt(math.prod(shape[1:]))
     values = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
-    return values.normal_(0.0, std, generator=generator).cpu()
+    return values.normal_(0.0, std, generator=generator)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import MemoryBudgetError
+from ..models import vae
 from ..models.ar import cache_capacity
 from ..models.dit import CHUNKS
 from ..models.spec import block_layout
@@ -34,7 +35,6 @@ _SCAFFOLD_TOKENS = 64  # around the text of a prompt
 # Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
 # benchmarks/LOG.md.
 _DENOISE_WIDTHS = 22  # tensors of [sequence, width] alive at the worst moment of a block
-_VAE_ELEMENTS_A_PIXEL = 2250  # elements alive a pixel of the picture at the worst moment of the VAE
 _VISION_WIDTHS = 16
 
 
@@ -180,11 +180,13 @@ def _phases(
         phases.append(
             Phase("encode codes", sizes.vision, max(_vision_working(checkpoint, sizes, *side) for side in sides))
         )
-        phases.append(Phase("encode latents", sizes.vae_encoder, max(_vae_working(sizes, *side) for side in sides)))
+        phases.append(
+            Phase("encode latents", sizes.vae_encoder, max(_vae_working(checkpoint, sizes, *side) for side in sides))
+        )
     phases += [
         Phase("draft", sizes.draft, _draft_working(checkpoint, sizes, request, sides)),
         Phase("denoise", dit_weights, _denoise_working(checkpoint, sizes, request, sides)),
-        Phase("decode", sizes.vae_decoder, _vae_working(sizes, request.height, request.width)),
+        Phase("decode", sizes.vae_decoder, _vae_working(checkpoint, sizes, request.height, request.width)),
     ]
     if mode != "resident":
         return tuple(phases)
@@ -238,5 +240,5 @@ def _denoise_working(
     return (sequence * _DENOISE_WIDTHS + condition + priors + tables) * row + sizes.dequantized_bytes
 
 
-def _vae_working(sizes: Sizes, height: int, width: int) -> int:
-    return height * width * _VAE_ELEMENTS_A_PIXEL * sizes.element_bytes
+def _vae_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:
+    return vae.working_bytes(checkpoint.vae, height, width, sizes.element_bytes)

@@ -1,22 +1,23 @@
-"""Quantising a matrix to 4 bits: groups of columns share a scale and a zero, solved by HQQ's half-quadratic iteration.
+"""Quantising a matrix to 4 bits: groups of columns share a scale and a zero, solved by alternating least squares.
 
-Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): the error is split into a sparse
-part e, found by shrinkage under an l_p norm with p < 1, and the rest, of which scale and zero are the minimisers. HQQ
-solves
-for the zero alone; here both are the least-squares fit of W - e to the levels, which is the same step with one more
-unknown. The best iterate in squared error is kept, measured with the bf16 scale and zero that are stored. Data-free and
-deterministic.
+Given levels, the best scale and zero are a straight line's; given those, the best levels are the nearest. Taking turns
+never makes the squared error worse, and ends where the start leads it (Lloyd, 1982, of quantisers in general). So every
+group starts from several ranges, some of which clip its ends, and from one that has a level at zero, for groups whose
+outliers of both signs leave the rest between two levels. The best is kept, measured with the bf16 scale and zero that
+are stored. Data-free and deterministic.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-ITERATIONS = 20
-_P = 0.7  # the norm of the sparse part
-_BETA = 10.0  # weight of the quadratic penalty, in units of the group's step; grows by _KAPPA an iteration
-_KAPPA = 1.02
+ITERATIONS = 10
+RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a group's range that starts span
 _LEVELS = 15
 
 
@@ -43,35 +44,52 @@ def _stored(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     return scale.clamp_min(smallest).to(torch.bfloat16), zero.to(torch.bfloat16)
 
 
+def _starts(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and zeros to begin from, float32 [N, G, 1]."""
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, half = low / 2 + high / 2, high / 2 - low / 2
+    for share in RANGES:
+        scale = half * (2 * share / _LEVELS)
+        yield scale, middle - half * share + 8 * scale
+    yield torch.maximum(-low / 8, high / 7), torch.zeros_like(low)
+
+
+class _Solution(NamedTuple):
+    """Scale and zero as stored, bf16 [N, G, 1], and the squared error of each group with them."""
+
+    scale: Tensor
+    zero: Tensor
+    error: Tensor
+
+    def or_better(self, other: _Solution) -> _Solution:
+        """Group by group the one with the smaller error."""
+        better = other.error < self.error
+        return _Solution(*(torch.where(better, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
+
+
 def _solve(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero, bf16 [N, G, 1], for float32 groups [N, G, group_size]."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = (high - low) / _LEVELS
-    zero = low + 8 * scale
-    best_scale, best_zero = _stored(scale, zero)
-    best_error = torch.full_like(scale, float("inf"))
-    beta = _BETA
-    for _ in range(ITERATIONS + 1):
-        scale_bf16, zero_bf16 = _stored(scale, zero)
-        scale, zero = scale_bf16.float(), zero_bf16.float()
-        levels = _nearest(groups, scale, zero) - 8
-        residual = groups - (levels * scale + zero)
-        error = residual.square().sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale_bf16, best_scale)
-        best_zero = torch.where(better, zero_bf16, best_zero)
-        scale, zero = _fit(groups - _shrink(residual, scale, beta), levels, scale)
-        beta *= _KAPPA
-    return best_scale, best_zero
+    scale, zero, _ = functools.reduce(_Solution.or_better, (_descend(groups, *start) for start in _starts(groups)))
+    return scale, zero
 
 
-def _shrink(residual: Tensor, scale: Tensor, beta: float) -> Tensor:
-    """The proximal step of the l_p norm, in units of the group's step: large residuals (clipped outliers) are set
-    aside."""
-    size = (residual / scale).abs()
-    threshold = size.clamp_min(1e-8).pow(_P - 1) / beta
-    return residual.sign() * scale * (size - threshold).clamp_min_(0)
+def _descend(groups: Tensor, scale: Tensor, zero: Tensor) -> _Solution:
+    """The best that turns of least squares meet on their way from a start."""
+    best, levels = _measured(groups, scale, zero)
+    for _ in range(ITERATIONS):
+        scale, zero = _fit(groups, levels, scale)
+        found, levels = _measured(groups, scale, zero)
+        scale = found.scale.float()
+        best = best.or_better(found)
+    return best
+
+
+def _measured(groups: Tensor, scale: Tensor, zero: Tensor) -> tuple[_Solution, Tensor]:
+    """Scale and zero as they would be stored, with their error, and the nearest levels, -8 to 7."""
+    stored = _stored(scale, zero)
+    scale, zero = (part.float() for part in stored)
+    levels = _nearest(groups, scale, zero) - 8
+    return _Solution(*stored, (groups - (levels * scale + zero)).square().sum(-1, keepdim=True)), levels
 
 
 def _fit(target: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

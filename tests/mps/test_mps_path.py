@@ -23,6 +23,7 @@ from qruntime import device as devices
 from qruntime import ops
 from qruntime.checkpoint.reader import Checkpoint
 from qruntime.memory.blocks import Loader
+from qruntime.models import vae
 from qruntime.ops import torch_int4
 from qruntime.pipeline import GlmImagePipeline
 from qruntime.request import GenerateRequest
@@ -31,6 +32,7 @@ from .emulation import Emulation, Forbidden, emulated, kernels, mps_has
 
 LIST = Path(__file__).with_name("mps_operators.txt")
 SCORES = 3200  # so that tiny sequences, too, are cut
+BAND = 1 << 14  # bytes: small layers of the VAE run in one band of rows, larger ones in several
 BF16_STEP = 2.0**-8  # distance of neighbours in bf16, relative; rounding errs by half of it
 
 # Listed operators whose one kernel serves every device. Some only make, place or copy tensors,
@@ -127,7 +129,11 @@ def path(folders: dict[str, Path]) -> dict[str, tuple[Emulation, Drawn]]:
     """What was seen while each folder drew, and the pictures."""
     found = {}
     for name, folder in folders.items():
-        with mock.patch.object(ops, "MPS_SCORES", SCORES), emulated() as seen:
+        with (
+            mock.patch.object(ops, "MPS_SCORES", SCORES),
+            mock.patch.object(vae, "BAND_BYTES", BAND),
+            emulated() as seen,
+        ):
             found[name] = seen, draw(folder, "mps")
     return found
 

@@ -71,7 +71,7 @@ def test_what_is_stored_is_the_nearest_level(scheme: Scheme, shape: tuple[int, i
         assert (error <= (restored(other, scheme) - weight.double()).abs() + 1e-6).all()
 
 
-@pytest.mark.parametrize(("group_size", "limit"), [(32, 0.075), (64, 0.087), (128, 0.098)])
+@pytest.mark.parametrize(("group_size", "limit"), [(32, 0.0715), (64, 0.083), (128, 0.0935)])
 def test_gaussian_weights_lose_little_and_less_than_by_rounding(group_size: int, limit: float) -> None:
     weight = draw(64, 4096)
     error = relative_error(
@@ -118,8 +118,8 @@ HARD: dict[str, tuple[Tensor, float]] = {
     "denormal": (draw(3, 128) * 1e-42, 1.0),
     "of every size": (draw(3, 128) * torch.logspace(-30, 30, 128), 0.12),
     "an outlier": (torch.cat((draw(3, 127), torch.full((3, 1), 1e6)), dim=1), 0.12),
-    # The rest of the group falls between two levels, half a step from either.
-    "outliers of both signs": (torch.cat((draw(3, 126), torch.tensor([[3e4, -3e4]] * 3)), dim=1), 0.4),
+    # Between two levels the rest of the group would be half a step from either.
+    "outliers of both signs": (torch.cat((draw(3, 126), torch.tensor([[3e4, -3e4]] * 3)), dim=1), 0.01),
 }
 
 
