@@ -22,13 +22,11 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from torch import Tensor
 
 from .demo_model import world
 from .judge import EditScores, EditVerdict, Scores, Verdict, judge, judge_edit
+from .measure import git_commit, machine
 from .painters import Drawn, Ours, Painter, Stock
 
 Array = NDArray[Any]
@@ -304,17 +303,6 @@ def contact_sheet(columns: dict[str, list[Array]]) -> Image.Image:
     return sheet
 
 
-def _machine(devices: Sequence[str]) -> dict[str, str]:
-    names = {torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() for device in devices}
-    found = {"devices": f"{len(devices)} x {', '.join(sorted(names)) or platform.machine()}"}
-    for package in ("torch", "transformers", "diffusers", "bitsandbytes", "optimum-quanto"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _digest(model: Path) -> str:
     """One hash of all files of a model."""
     digest = hashlib.sha256()
@@ -356,9 +344,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{arm}: {json.dumps(summary(answers[arm], answers[BASE] if arm != BASE else None))}", file=sys.stderr)
 
     result = {
-        "machine": _machine(args.devices),
+        "machine": machine(
+            torch.device(args.devices[0]), getattr(torch, args.dtype), git_commit(), "python -m benchmarks.fidelity"
+        ),
         "model_sha256": _digest(args.model),
-        "settings": {"split": args.split, "steps": args.steps, "dtype": args.dtype},  # seeds: the cases' numbers
+        "settings": {"split": args.split, "steps": args.steps, "devices": args.devices},  # seeds: the cases' numbers
         "arms": {arm: summary(found, None if arm == BASE else answers[BASE]) for arm, found in answers.items()},
     }
     if args.out:

@@ -7,6 +7,7 @@ model. Each shape is measured as the recipe stores it and, beside it, in bf16.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ def rows(
     for product in roofline.products(extent):
         yield _row(product, recipe, device, dtype)
         if product.scheme != PLAIN:
-            plain = Product(product.name, product.m, product.n, product.k, PLAIN)
-            yield _row(plain, "none", device, dtype)
+            yield _row(replace(product, scheme=PLAIN), "none", device, dtype)
 
 
 def _row(product: Product, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

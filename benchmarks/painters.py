@@ -24,8 +24,9 @@ from qruntime.pipeline import GlmImagePipeline
 from qruntime.prompt import ArPrompt, PromptTokenizer
 from qruntime.request import GenerateRequest
 
+from .stock import decoder_logits, open_stock
+
 SIDE = 256
-GUIDANCE, TEMPERATURE, TOP_P = 1.5, 0.9, 0.75  # the requests' defaults
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,7 @@ class Ours:
         checkpoint = self.pipe.checkpoint
         self._config = checkpoint.ar
         self._parts = Parts(checkpoint, self.pipe.device, dtype)
-        self._tokenizer = PromptTokenizer.from_folder(
-            checkpoint.path / "processor",
-            image_start_id=checkpoint.ar.image_start_token_id,
-            image_end_id=checkpoint.ar.image_end_token_id,
-            image_id=checkpoint.ar.image_token_id,
-            vocab_size=checkpoint.ar.text.vocab_size,
-        )
+        self._tokenizer = PromptTokenizer.for_model(checkpoint.path / "processor", checkpoint.ar)
 
     def draw(self, prompt: str, seed: int, steps: int, sources: Sequence[Image.Image] = (), codes: Any = None) -> Drawn:
         last: list[Tensor] = []
@@ -71,9 +66,6 @@ class Ours:
             height=SIDE,
             width=SIDE,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
             seed=seed,
             prior_token_ids=None if codes is None else torch.as_tensor(codes)[None],
             callback_on_step_end=lambda pipe, step, sigma, given: last.__setitem__(slice(None), [given["latents"]]),
@@ -83,7 +75,7 @@ class Ours:
     @torch.inference_mode()
     def draft(self, prompt: str, seed: int) -> Tensor:
         """The codes that the pipeline drafts for a seed, the preview's and then the target's, int64 [N]."""
-        config, built = self._config, self._build(prompt)
+        config, built, request = self._config, self._build(prompt), GenerateRequest
         count = built.preview_tokens + built.target_tokens
         uniforms = sampling.uniforms(seed, count).to(self.pipe.device)
         codes = torch.zeros(count, dtype=torch.long)
@@ -93,10 +85,11 @@ class Ours:
         for index in range(count):
             logits = ar.logits(self._parts.ar_head.single(), config.text, states[-1:])
             top_k = config.top_k or None
-            code = sampling.sample(
-                logits, uniforms[index : index + 1], TEMPERATURE, top_k, TOP_P, config.vq.codebook_size
-            )
+            uniform = uniforms[index : index + 1]
+            code = sampling.sample(logits, uniform, request.temperature, top_k, request.top_p, config.vq.codebook_size)
             codes[index] = code.item()
+            if index + 1 == count:
+                break
             start = len(built.ids) + index
             states = ar.run_layers(
                 self._parts.ar_layers, config.text, table[code], at[:, index : index + 1], cache, start
@@ -131,18 +124,7 @@ class Stock:
     """diffusers' pipeline over an official folder, or over what `convert --recipe stock` writes."""
 
     def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
-        from diffusers import GlmImagePipeline as StockPipeline
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
-        from transformers.utils import logging as transformers_logging
-
-        for each in (diffusers_logging, transformers_logging):
-            each.disable_progress_bar()
-            each.set_verbosity_error()
-        self.pipe = StockPipeline.from_pretrained(folder, dtype=dtype).to(device)
-        self.pipe.set_progress_bar_config(disable=True)
-        # Torchvision's, which the loader prefers where it is installed, rounds differently by one level of 255.
-        self.pipe.processor.image_processor = GlmImageImageProcessorPil.from_pretrained(folder / "processor")
+        self.pipe = open_stock(folder, dtype).to(device)
         self._device, self._dtype = device, dtype
 
     def draw(self, prompt: str, seed: int, steps: int, sources: Sequence[Image.Image] = (), codes: Any = None) -> Drawn:
@@ -170,7 +152,7 @@ class Stock:
             height=SIDE,
             width=SIDE,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
+            guidance_scale=GenerateRequest.guidance_scale,
             latents=noise,
             callback_on_step_end=keep,
             **given,
@@ -180,22 +162,5 @@ class Stock:
 
     @torch.inference_mode()
     def logits(self, prompt: str, drafted: Tensor) -> Tensor:
-        model = self.pipe.vision_language_encoder
-        inputs = self.pipe.processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"target_h": SIDE, "target_w": SIDE},
-        ).to(self._device)
-        grids = {key: inputs[key] for key in ("image_grid_thw", "images_per_sample")}
-        first = model(**inputs, use_cache=True)
-        # A cache makes the model take the positions of the grids, which it worked out with the prompt.
-        rest = model(
-            input_ids=drafted[None, :-1].to(self._device),
-            past_key_values=first.past_key_values,
-            use_cache=True,
-            **grids,
-        )
-        logits = torch.cat((first.logits[0, -1:], rest.logits[0]))
+        logits = decoder_logits(self.pipe, prompt, SIDE, SIDE, drafted)[-1 - len(drafted) : -1]
         return logits[:, : self.pipe.transformer.config.prior_vq_quantizer_codebook_size].float().cpu()

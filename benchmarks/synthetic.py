@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from convert.recipe import RECIPES
+from convert.run import with_schemes
 from qruntime import device as devices
 from qruntime.checkpoint.manifest import FileRecord, record_file, write_manifest
 from qruntime.checkpoint.synthetic import (
@@ -82,13 +83,7 @@ def write_converted(
                 for placed in shard.blocks:
                     write_at(file, placed.offset, random_block(placed.spec, placed.layout, generator))
             recorded[f"{name}/{shard.name}"] = record_file(folder / name / shard.name)
-        quantization = {
-            "quant_method": "qruntime",
-            "format": 1,
-            "schemes": {pattern: scheme.to_json() for pattern, scheme in schemes.pairs.items()},
-        }
-        config = {**files[f"{name}/config.json"], "quantization_config": quantization}
-        (folder / name / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+        (folder / name / "config.json").write_bytes(with_schemes(files[f"{name}/config.json"], schemes))
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             recorded[path.relative_to(folder).as_posix()] = record_file(path)
@@ -107,11 +102,11 @@ def random_block(spec: BlockSpec, layout: Layout, generator: torch.Generator) ->
     """The bytes of a block, uint8 [layout.nbytes], on the generator's device."""
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=generator.device)
     weights = Weights(spec, layout, buffer, torch.float32)  # float32: as stored, never packed for a kernel
-    shapes = spec.source_tensors()
-    for name, shape in shapes.items():
-        if name.removeprefix(spec.prefix) in {entry.name for entry in layout.entries}:  # plain
-            target = weights.tensor(name.removeprefix(spec.prefix))
-            target.copy_(random_tensor(name, shape, generator, OUTLIERS))
+    stored = {entry.name for entry in layout.entries}
+    for name, shape in spec.source_tensors().items():
+        within = name.removeprefix(spec.prefix)
+        if within in stored:  # as it is; a quantised matrix is stored in parts
+            weights.tensor(within).copy_(random_tensor(name, shape, generator, OUTLIERS))
     for linear in weights.linears.values():
         if linear.scheme.kind != "plain":
             _fill_levels(linear.scheme, linear.parts, generator)

@@ -171,13 +171,7 @@ def prompt_tokenizer(folder: Path) -> PromptTokenizer:
     config = ArConfig.from_json(
         read_json(folder, f"{name}/config.json"), read_json(folder, f"{name}/generation_config.json")
     )
-    return PromptTokenizer.from_folder(
-        folder / "processor",
-        image_start_id=config.image_start_token_id,
-        image_end_id=config.image_end_token_id,
-        image_id=config.image_token_id,
-        vocab_size=config.text.vocab_size,
-    )
+    return PromptTokenizer.for_model(folder / "processor", config)
 
 
 def _reset_peaks(device: torch.device) -> None:

@@ -290,7 +290,7 @@ class _Conversion:
             source.update(name.encode() + b"\n" + contents[name])
         for plan in self._plans:
             name = f"{plan.source.name}/config.json"
-            contents[name] = _with_schemes(read_json(self._root, name), plan.schemes)
+            contents[name] = with_schemes(read_json(self._root, name), plan.schemes)
         contents[REPORT] = to_bytes(report)
         for name, content in contents.items():
             path = stage.folder / name
@@ -325,7 +325,7 @@ def _carried_files(root: Path) -> Iterator[tuple[str, Path]]:
             yield full, path
 
 
-def _with_schemes(config: object, schemes: SchemeMap) -> bytes:
+def with_schemes(config: object, schemes: SchemeMap) -> bytes:
     """A component's `config.json` that says how its matrices are stored."""
     quantization = {
         "quant_method": "qruntime",

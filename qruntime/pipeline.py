@@ -91,13 +91,7 @@ class GlmImagePipeline:
         self.device = device
         self.dtype = dtype
         self.vram_bytes = vram_bytes
-        self._tokenizer = PromptTokenizer.from_folder(
-            checkpoint.path / "processor",
-            image_start_id=checkpoint.ar.image_start_token_id,
-            image_end_id=checkpoint.ar.image_end_token_id,
-            image_id=checkpoint.ar.image_token_id,
-            vocab_size=checkpoint.ar.text.vocab_size,
-        )
+        self._tokenizer = PromptTokenizer.for_model(checkpoint.path / "processor", checkpoint.ar)
         self._parts = Parts(checkpoint, device, dtype)
 
     @classmethod

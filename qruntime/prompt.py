@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .errors import CheckpointError
+from .models.config import ArConfig
 
 MAX_TOKENIZER_BYTES = 100_000_000
 """Five times the official tokenizer.json."""
@@ -104,6 +105,17 @@ class PromptTokenizer:
                 )
         forbidden = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         return cls(tokenizer, control, forbidden, vocab_size)
+
+    @classmethod
+    def for_model(cls, folder: Path | str, config: ArConfig) -> PromptTokenizer:
+        """`from_folder` with the ids of the draft model's config."""
+        return cls.from_folder(
+            folder,
+            image_start_id=config.image_start_token_id,
+            image_end_id=config.image_end_token_id,
+            image_id=config.image_token_id,
+            vocab_size=config.text.vocab_size,
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text, whatever it spells."""

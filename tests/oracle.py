@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from diffusers import GlmImagePipeline
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, LogitsProcessor, LogitsProcessorList
-from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
-from transformers.utils import logging as transformers_logging
+
+from benchmarks.stock import decoder_inputs, decoder_logits, open_stock
 
 Pictures = Sequence[Image.Image]
+
+reference_inputs, reference_ar_logits = decoder_inputs, decoder_logits  # what they answer is said where they stand
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,8 @@ class ReferenceRun:
 
 
 def load_reference(folder: Path) -> GlmImagePipeline:
-    """The stock pipeline over `folder`, float32 on the CPU, with the Pillow image processor whatever is installed.
-
-    Torchvision's image processor, which the stock loader prefers, rounds differently by one level of 255.
-    """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    pipe = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.processor.image_processor = GlmImageImageProcessorPil.from_pretrained(Path(folder) / "processor")
-    return pipe
-
-
-def reference_inputs(
-    pipe: GlmImagePipeline, prompt: str, height: int, width: int, images: Pictures | None = None
-) -> BatchFeature:
-    """What the stock pipeline feeds its decoder: `input_ids` [1, S], `image_grid_thw` [G, 3] and `pixel_values`.
-
-    Grids count cells of 32 pixels: for text the target then the preview, for edits each source then the target.
-    """
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images or ()]
-    content.append({"type": "text", "text": prompt})
-    return pipe.processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"target_h": height, "target_w": width},
-    )
+    """The stock pipeline over `folder`, float32 on the CPU."""
+    return open_stock(folder, torch.float32)
 
 
 def draft_grids(inputs: BatchFeature) -> list[tuple[int, int]]:
@@ -102,28 +75,6 @@ def reference_greedy_draft(
         logits_processor=LogitsProcessorList([_CodesOnly(model.config.vq_config.num_embeddings)]),
     )
     return written[0, inputs["input_ids"].shape[1] :]
-
-
-@torch.no_grad()
-def reference_ar_logits(
-    pipe: GlmImagePipeline, prompt: str, height: int, width: int, drafted: Tensor, images: Pictures | None = None
-) -> Tensor:
-    """Teacher-forced logits [S + N, vision_vocab_size]: after each of the S prompt tokens and of the N `drafted` ones.
-
-    Row S - 1 + i is what drafted token i is drawn from.
-    """
-    model = pipe.vision_language_encoder
-    inputs = reference_inputs(pipe, prompt, height, width, images)
-    prompt_pass = model(**inputs, use_cache=True)
-    # A cache makes the stock model take the positions of the grids, which it worked out with the prompt.
-    draft_pass = model(
-        input_ids=drafted.view(1, -1),
-        image_grid_thw=inputs["image_grid_thw"],
-        images_per_sample=inputs["images_per_sample"],
-        past_key_values=prompt_pass.past_key_values,
-        use_cache=True,
-    )
-    return torch.cat((prompt_pass.logits[0], draft_pass.logits[0]))
 
 
 @torch.no_grad()

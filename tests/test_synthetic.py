@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from qruntime.checkpoint import synthetic
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint
-from qruntime.checkpoint.synthetic import configs, write_random
+from qruntime.checkpoint.synthetic import configs, read_specs, write_random
 from qruntime.pipeline import GlmImagePipeline
 from qruntime.prompt import PromptTokenizer
 
 from .convert.trees import tree
-from .memory.sparse import block_specs
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,7 @@ def test_full_size_is_the_official_size() -> None:
     """17.7 billion parameters; the official files take 0.4 GB more, since their text encoder is float32."""
     sizes = {
         name: sum(torch.Size(shape).numel() for spec in specs for shape in spec.source_tensors().values())
-        for name, specs in block_specs(configs(True)).items()
+        for name, specs in read_specs(configs(True)).items()
     }
     assert 2 * sum(sizes.values()) / 10**9 == pytest.approx(35.3, abs=0.1)
 

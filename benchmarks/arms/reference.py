@@ -15,6 +15,7 @@ import torch
 
 from ..cases import BRIEF_STEPS, BRIEF_TOKENS
 from ..measure import Marks, middle, stopwatch
+from ..stock import decoder_inputs, open_stock, prepared, silence
 from . import Drawn, Inputs, Parts, Stage
 
 _TIMES = 3  # that a part is measured, where it takes no more than some seconds
@@ -111,15 +112,8 @@ class Reference:
         return samples
 
     def _draft(self, inputs: Inputs, tokens: int) -> None:
-        content = [{"type": "image", "image": image} for image in inputs.sources]
-        content.append({"type": "text", "text": inputs.prompt})
-        given = self._pipe.processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"target_h": inputs.case.height, "target_w": inputs.case.width},
-        ).to(self._device)
+        case = inputs.case
+        given = decoder_inputs(self._pipe, inputs.prompt, case.height, case.width, inputs.sources).to(self._device)
         self._pipe.vision_language_encoder.generate(**given, max_new_tokens=tokens, do_sample=True)
 
     def _priors(self, inputs: Inputs) -> tuple[Any, Any, Any]:
@@ -167,21 +161,11 @@ class Reference:
 
 def load_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The stock pipeline, with tokens that are no codes suppressed. On the host, or where its models were built."""
-    from diffusers import GlmImagePipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
     if any((folder / "transformer").glob("*.safetensors")):
-        pipe = GlmImagePipeline.from_pretrained(folder, dtype=dtype)
+        pipe = open_stock(folder, dtype)
     else:
-        pipe = _build(folder, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    # Torchvision's image processor, which the stock loader prefers, is not always there and rounds differently.
-    pipe.processor.image_processor = GlmImageImageProcessorPil.from_pretrained(folder / "processor")
+        silence()
+        pipe = prepared(_build(folder, device, dtype), folder)
     model = pipe.vision_language_encoder
     codes = model.config.vq_config.num_embeddings
     model.generation_config.suppress_tokens = list(range(codes, model.config.text_config.vision_vocab_size))

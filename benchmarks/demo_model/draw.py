@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qruntime import sampling, schedule
 from qruntime.media import to_pil
+from qruntime.request import GenerateRequest
 
 from .ar import Drafter
 from .dit import KeysValues, Painter
@@ -18,8 +19,8 @@ from .glyph import GlyphEncoder
 from .sequences import Prompts
 from .vae import Vae
 
-TEMPERATURE, TOP_P = 0.9, 0.75
-GUIDANCE = 1.5
+TEMPERATURE, TOP_P = GenerateRequest.temperature, GenerateRequest.top_p
+GUIDANCE = GenerateRequest.guidance_scale
 
 
 @torch.no_grad()

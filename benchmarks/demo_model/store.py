@@ -20,7 +20,7 @@ from qruntime.models import ar, dit, glyph, vae, vision
 from qruntime.models.spec import BlockSpec
 
 from .config import FULL, MICRO, Parts, Sizes, configs
-from .tokens import write_byte_tokenizer
+from .tokens import write_byte_tokenizer, write_json
 
 SHARD_BYTES = 12 * 10**6
 MAX_BYTES = 40 * 10**6
@@ -51,7 +51,7 @@ def save_state(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> list[s
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(2 * tensor.numel() for shard in shards for tensor in shard.values())
-        _write_json(
+        write_json(
             folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     return names
@@ -75,7 +75,7 @@ def write_facts(folder: Path, **facts: object) -> None:
     """Add to `state.json`: the sizes, latent statistics, seeds, and each stage's closing numbers."""
     found = read_facts(folder)
     found.update(facts)
-    _write_json(folder / STATE, found)
+    write_json(folder / STATE, found)
 
 
 def read_facts(folder: Path) -> dict[str, object]:
@@ -106,7 +106,7 @@ def export(source: Path, target: Path) -> Path:
     }
     target.mkdir(parents=True, exist_ok=True)
     for name, content in configs(sizes, facts["latents_mean"], facts["latents_std"]).items():  # type: ignore[arg-type]
-        _write_json(target / name, content)
+        write_json(target / name, content)
     for name, (stem, tensors, specs) in components.items():
         wanted = {tensor: shape for spec in specs for tensor, shape in spec.source_tensors().items()}
         found = {tensor: tuple(value.shape) for tensor, value in tensors.items()}
@@ -120,8 +120,3 @@ def export(source: Path, target: Path) -> Path:
     if total > MAX_BYTES:
         raise ValueError(f"the checkpoint takes {total} bytes, over {MAX_BYTES}")
     return target
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

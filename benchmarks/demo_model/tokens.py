@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from qruntime.prompt import GLYPH_QUOTES, PromptTokenizer
 
-from .config import CONTROL_TOKENS, Sizes, image_token
+from .config import CONTROL_TOKENS, Parts, Sizes, image_token
 
 _WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 _SPELLED = re.compile("|".join((*GLYPH_QUOTES, "[A-Z0-9]")))
@@ -89,7 +89,7 @@ def write_processor(folder: Path, sizes: Sizes, tokenizer: Tokenizer) -> None:
     start, end = image_token(sizes.codes), image_token(sizes.codes + 1)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     special = {"grid_bos_token": "<sop>", "grid_eos_token": "<eop>", "image_token": "<|image|>"}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "bos_token": start,
@@ -130,9 +130,9 @@ def write_byte_tokenizer(folder: Path) -> None:
         }
         for index, content, strip in tokens
     }
-    _write_json(folder / "added_tokens.json", {token: 259 + i for i, token in enumerate(sentinels)})
-    _write_json(folder / "special_tokens_map.json", {"additional_special_tokens": sentinels, **names})
-    _write_json(
+    write_json(folder / "added_tokens.json", {token: 259 + i for i, token in enumerate(sentinels)})
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": sentinels, **names})
+    write_json(
         folder / "tokenizer_config.json",
         {
             "added_tokens_decoder": decoder,
@@ -149,14 +149,10 @@ def write_byte_tokenizer(folder: Path) -> None:
 
 def open_tokenizer(folder: Path, sizes: Sizes) -> PromptTokenizer:
     """The runtime's own reader over a written `processor/` folder: training sees the ids that drawing will."""
-    return PromptTokenizer.from_folder(
-        folder,
-        image_start_id=sizes.codes,
-        image_end_id=sizes.codes + 1,
-        image_id=sizes.control("<|image|>"),
-        vocab_size=sizes.vocabulary,
-    )
+    return PromptTokenizer.for_model(folder, Parts.of(sizes).ar)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file as the official ones are, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -88,6 +88,18 @@ class Component:
         return self._maps[file]
 
 
+def component_specs(
+    ar_config: ArConfig, dit_config: DitConfig, vae_config: VaeConfig, glyph_config: GlyphConfig
+) -> dict[str, list[BlockSpec]]:
+    """The blocks of every component of a model."""
+    return {
+        "text_encoder": glyph.block_specs(glyph_config),
+        "transformer": dit.block_specs(dit_config),
+        "vae": vae.block_specs(vae_config),
+        "vision_language_encoder": ar.block_specs(ar_config) + vision.block_specs(ar_config),
+    }
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything in a folder: configurations by part, and the components that hold weights."""
@@ -124,12 +136,7 @@ class Checkpoint:
         glyph_config = GlyphConfig.from_json(configs["text_encoder"])
         processor = _processor(path)
         _agree(ar_config, dit_config, vae_config, glyph_config, processor)
-        specs = {
-            "text_encoder": glyph.block_specs(glyph_config),
-            "transformer": dit.block_specs(dit_config),
-            "vae": vae.block_specs(vae_config),
-            "vision_language_encoder": ar.block_specs(ar_config) + vision.block_specs(ar_config),
-        }
+        specs = component_specs(ar_config, dit_config, vae_config, glyph_config)
         for name in TOKENIZER_FILES:
             checked_file(path, name)
         components = {

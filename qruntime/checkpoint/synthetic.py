@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models import ar, dit, glyph, vae, vision
+from ..models import dit
 from ..models.config import ArConfig, DitConfig, GlyphConfig, VaeConfig
 from ..models.spec import BlockSpec
+from .reader import component_specs
 
 SHARD_BYTES = 2 * 10**9
 FILE_STEMS = {
@@ -284,15 +285,14 @@ CHAT_TEMPLATE = (
 
 def read_specs(files: Mapping[str, Any]) -> dict[str, list[BlockSpec]]:
     """The blocks of every component that these configurations (JSON by file name) describe."""
-    ar_config = ArConfig.from_json(
-        files["vision_language_encoder/config.json"], files["vision_language_encoder/generation_config.json"]
+    return component_specs(
+        ArConfig.from_json(
+            files["vision_language_encoder/config.json"], files["vision_language_encoder/generation_config.json"]
+        ),
+        DitConfig.from_json(files["transformer/config.json"]),
+        VaeConfig.from_json(files["vae/config.json"]),
+        GlyphConfig.from_json(files["text_encoder/config.json"]),
     )
-    return {
-        "text_encoder": glyph.block_specs(GlyphConfig.from_json(files["text_encoder/config.json"])),
-        "transformer": dit.block_specs(DitConfig.from_json(files["transformer/config.json"])),
-        "vae": vae.block_specs(VaeConfig.from_json(files["vae/config.json"])),
-        "vision_language_encoder": ar.block_specs(ar_config) + vision.block_specs(ar_config),
-    }
 
 
 def write_small_files(folder: Path, files: Mapping[str, Any]) -> None:

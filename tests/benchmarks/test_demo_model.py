@@ -65,13 +65,7 @@ class Trained:
         self.drafter = filled(ar.Drafter(parts.ar), "ar")
         self.painter = filled(dit.Painter(parts.dit), "transformer")
         self.encoder = filled(glyph.GlyphEncoder(parts.glyph), "text_encoder")
-        self.tokenizer = PromptTokenizer.from_folder(
-            folder / "processor",
-            image_start_id=parts.ar.image_start_token_id,
-            image_end_id=parts.ar.image_end_token_id,
-            image_id=parts.ar.image_token_id,
-            vocab_size=parts.ar.text.vocab_size,
-        )
+        self.tokenizer = PromptTokenizer.for_model(folder / "processor", parts.ar)
 
 
 @pytest.fixture(scope="module")

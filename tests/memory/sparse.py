@@ -16,37 +16,23 @@ from typing import Any
 import pytest
 
 from convert.recipe import RECIPES
+from convert.run import with_schemes
 from qruntime.checkpoint.manifest import FileRecord, record_file, write_manifest
-from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
-from qruntime.checkpoint.synthetic import CHAT_TEMPLATE, configs
+from qruntime.checkpoint.reader import Checkpoint, Component
+from qruntime.checkpoint.synthetic import FILE_STEMS, configs, read_specs, write_small_files
 from qruntime.checkpoint.writer import open_shard, plan_shards
-from qruntime.models import ar, dit, glyph, vae, vision
 from qruntime.models.config import ArConfig, DitConfig, GlyphConfig, ProcessorConfig, SchedulerConfig, VaeConfig
-from qruntime.models.spec import BlockSpec, block_layout
+from qruntime.models.spec import block_layout
 
 Configs = Mapping[str, dict[str, Any]]
 
 STORED_AS = {"text_encoder": "F32"}  # the others are bf16
-STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # the others: model
-
-
-def block_specs(files: Configs) -> dict[str, list[BlockSpec]]:
-    """The blocks of every component that these configurations describe."""
-    read = ArConfig.from_json(
-        files["vision_language_encoder/config.json"], files["vision_language_encoder/generation_config.json"]
-    )
-    return {
-        "text_encoder": glyph.block_specs(GlyphConfig.from_json(files["text_encoder/config.json"])),
-        "transformer": dit.block_specs(DitConfig.from_json(files["transformer/config.json"])),
-        "vae": vae.block_specs(VaeConfig.from_json(files["vae/config.json"])),
-        "vision_language_encoder": ar.block_specs(read) + vision.block_specs(read),
-    }
 
 
 def in_memory(files: Configs, recipe: str | None = None) -> Checkpoint:
     """A checkpoint as opening one would make it, of an official folder or of one converted by `recipe`."""
     components = {}
-    for name, specs in block_specs(files).items():
+    for name, specs in read_specs(files).items():
         schemes = RECIPES[recipe or "none"].scheme_map(name, specs)
         plain = "BF16" if recipe else STORED_AS.get(name, "BF16")
         components[name] = Component(name, {spec.name: spec for spec in specs}, schemes, {}, plain)
@@ -77,8 +63,8 @@ def sparse_official(folder: Path, *, full_size: bool = True) -> Path:
     if full_size:
         needs_holes()
     files = configs(full_size)
-    _write_small_files(folder, files)
-    for name, specs in block_specs(files).items():
+    write_small_files(folder, files)
+    for name, specs in read_specs(files).items():
         dtype = STORED_AS.get(name, "BF16")
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -86,7 +72,7 @@ def sparse_official(folder: Path, *, full_size: bool = True) -> Path:
             start, end = end, end + math.prod(shape) * (4 if dtype == "F32" else 2)
             header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        with (folder / name / f"{STEMS.get(name, 'model')}.safetensors").open("wb") as file:
+        with (folder / name / f"{FILE_STEMS[name]}.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
     return folder
@@ -97,23 +83,15 @@ def sparse_converted(folder: Path, recipe: str, *, full_size: bool = True) -> Pa
     if full_size:
         needs_holes()
     files = configs(full_size)
-    _write_small_files(folder, files)
+    write_small_files(folder, files)
     recorded: dict[str, FileRecord] = {}
-    for name, specs in block_specs(files).items():
+    for name, specs in read_specs(files).items():
         schemes = RECIPES[recipe].scheme_map(name, specs)
         layouts = [(spec, block_layout(spec, schemes, "BF16")) for spec in specs]
         for shard in plan_shards(layouts):
             open_shard(folder / name, shard).close()
             recorded[f"{name}/{shard.name}"] = FileRecord(shard.nbytes, "0" * 64)
-        config = {
-            **files[f"{name}/config.json"],
-            "quantization_config": {
-                "quant_method": "qruntime",
-                "format": 1,
-                "schemes": {pattern: scheme.to_json() for pattern, scheme in schemes.pairs.items()},
-            },
-        }
-        (folder / name / "config.json").write_text(json.dumps(config), "utf-8")
+        (folder / name / "config.json").write_bytes(with_schemes(files[f"{name}/config.json"], schemes))
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             recorded[path.relative_to(folder).as_posix()] = record_file(path)
@@ -127,13 +105,3 @@ def sparse_converted(folder: Path, recipe: str, *, full_size: bool = True) -> Pa
         files=recorded,
     )
     return folder
-
-
-def _write_small_files(folder: Path, files: Configs) -> None:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    (folder / "processor" / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
-    for name in COMPONENTS:
-        (folder / name).mkdir(exist_ok=True)

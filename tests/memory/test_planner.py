@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from convert.recipe import RECIPES
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint
-from qruntime.checkpoint.synthetic import configs
+from qruntime.checkpoint.synthetic import configs, read_specs
 from qruntime.errors import MemoryBudgetError
 from qruntime.memory.blocks import STREAM_SLOTS
 from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, plan
@@ -30,7 +30,7 @@ from qruntime.request import (
     GenerateRequest,
 )
 
-from .sparse import block_specs, in_memory, sparse_converted, sparse_official
+from .sparse import in_memory, sparse_converted, sparse_official
 
 AR = "vision_language_encoder"
 PHASES = {"encode text", "encode codes", "encode latents", "draft", "denoise", "decode"}
@@ -205,7 +205,7 @@ def test_plain_weights_take_their_elements(full_size: bool, dtype: str) -> None:
 
     def count(component: str, *kinds: str) -> tuple[int, int]:
         """Elements and tensors."""
-        specs = [spec for spec in block_specs(files)[component] if spec.kind in kinds]
+        specs = [spec for spec in read_specs(files)[component] if spec.kind in kinds]
         shapes = [shape for spec in specs for shape in spec.source_tensors().values()]
         return sum(map(math.prod, shapes)), len(shapes)
 

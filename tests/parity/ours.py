@@ -98,13 +98,7 @@ class Runtime:
     def open(folder: Path) -> Runtime:
         checkpoint = Checkpoint.open(folder)
         config = checkpoint.ar
-        tokenizer = PromptTokenizer.from_folder(
-            folder / "processor",
-            image_start_id=config.image_start_token_id,
-            image_end_id=config.image_end_token_id,
-            image_id=config.image_token_id,
-            vocab_size=config.text.vocab_size,
-        )
+        tokenizer = PromptTokenizer.for_model(folder / "processor", config)
         return Runtime(checkpoint, Parts(checkpoint, CPU, torch.float32), tokenizer)
 
     def afresh(self) -> Runtime:
