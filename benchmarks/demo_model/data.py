@@ -145,11 +145,15 @@ class Rendering:
         return self.seed * SEEDS + index
 
     def _work(self, worker: int, workers: int) -> None:
-        """A worker's share of the rows: every `workers`-th text case, then every such edit; then rounds, when asked."""
-        for row in range(worker, self.amount.texts, workers):
-            self._render_text(self.texts, row, row)
-        for row in range(worker, self.amount.edits, workers):
-            self._render_edit(self.edits, row, row)
+        """A worker's share of the rows: every `workers`-th text case and every such edit; then rounds, when asked.
+
+        Both kinds advance together: whoever stops waiting before all is rendered has some of each.
+        """
+        texts, edits = range(worker, self.amount.texts, workers), range(worker, self.amount.edits, workers)
+        order = [(i / len(texts), row, self._render_text, self.texts) for i, row in enumerate(texts)]
+        order += [(i / len(edits), row, self._render_edit, self.edits) for i, row in enumerate(edits)]
+        for _, row, render, rows in sorted(order, key=lambda each: each[0]):
+            render(rows, row, row)
         done = 0
         while self.round.texts:
             if done == self._rounds_wanted[0]:
