@@ -2,13 +2,14 @@
 
     python -m benchmarks.fidelity MODEL WORK --out benchmarks/results/fidelity.json --sheet fidelity.png
 
-Every arm draws the same held-out prompts from the same seeds, twice: with the codes that bf16 drafted, so that pictures
-can be compared pixel by pixel (PSNR, SSIM, cosine of the latents), and freely, so that what counts in the end can be
-judged: words, colours, shapes, places, edits (`benchmarks/judge.py`). The drafting model is also compared code by code:
-given the drafts of bf16, the Kullback-Leibler divergence of its next-code distributions and how often the likeliest
-code is the same.
+Every arm draws the same held-out prompts from the same seeds, so that what counts in the end can be judged: words,
+colours, shapes, places, edits (`benchmarks/judge.py`). The first ones it also draws with the codes that bf16 drafted,
+so that pictures can be compared pixel by pixel (PSNR, SSIM, cosine of the latents). The drafting model is compared code
+by code: given the drafts of bf16, the Kullback-Leibler divergence of its next-code distributions and how often the
+likeliest code is the same.
 
-An arm's answers are kept in WORK, so a run that was stopped goes on with the arm it was in. The arms:
+An arm's answers are kept in WORK, so a run that was stopped goes on with the arm it was in, and arms may be asked in
+several runs; an arm is asked again only where more is wanted than is kept. The arms:
 
     bf16         our runtime over the checkpoint as it is; everything is compared with it
     balanced, quality, small    our runtime over what the converter makes of it
@@ -62,7 +63,8 @@ CHUNK = 4  # cases a task
 
 @dataclass(frozen=True)
 class Answer:
-    """What an arm makes of a case: drawn from the codes of bf16 (None for bf16 itself) and freely, and judged."""
+    """What an arm makes of a case: drawn from the codes of bf16 (None where it was not asked to) and freely, and
+    judged."""
 
     matched: Drawn | None
     free: Drawn
@@ -82,8 +84,8 @@ class Found:
         """Write it as `path` (arrays) and, last, the JSON file beside it."""
         arrays: dict[str, Array] = {}
         for name in ("matched", "free"):
-            drawn = [getattr(answer, name) for answer in self.texts]
-            if drawn and drawn[0] is not None:
+            drawn = [each for answer in self.texts if (each := getattr(answer, name)) is not None]
+            if drawn:
                 for part in ("codes", "latents", "picture"):
                     arrays[f"{name}.{part}"] = np.stack([getattr(each, part) for each in drawn])
         save_file(arrays, path)
@@ -100,7 +102,7 @@ class Found:
         arrays, rest = load_file(path), json.loads(path.with_suffix(".json").read_text("utf-8"))
 
         def drawn(name: str, row: int) -> Drawn | None:
-            if f"{name}.codes" not in arrays:
+            if row >= len(arrays.get(f"{name}.codes", ())):
                 return None
             return Drawn(*(arrays[f"{name}.{part}"][row] for part in ("codes", "latents", "picture")))
 
@@ -234,15 +236,31 @@ def _rounded(value: float) -> float:
 # One arm
 
 
-def run_arm(
-    work: Work, cases: int, edits: int, drafts: int, base: Found | None, devices: Sequence[str], workers: int
-) -> Found:
+@dataclass(frozen=True)
+class Amounts:
+    """How much an arm is asked: posters, how many of them also from the codes of bf16, edits, drafts to compare."""
+
+    cases: int
+    matched: int
+    edits: int
+    drafts: int
+
+    def within(self, found: Found) -> bool:
+        drawn = sum(answer.matched is not None for answer in found.texts)
+        kept = Amounts(len(found.texts), drawn, len(found.edits), len(found.divergences))
+        return all(getattr(self, name) <= getattr(kept, name) for name in vars(self))
+
+
+def run_arm(work: Work, amounts: Amounts, base: Found | None, devices: Sequence[str], workers: int) -> Found:
     """Everything one arm is asked, in the order of the cases."""
+    cases, edits, drafts = amounts.cases, amounts.edits, amounts.drafts
     context = multiprocessing.get_context("spawn")
     given = (work, context.Value("i", 0), devices)
     with ProcessPoolExecutor(workers, context, initializer=_open, initargs=given) as pool:
         began = time.monotonic()
-        codes = [None] * cases if base is None else [answer.free.codes for answer in base.texts[:cases]]
+        codes: list[Array | None] = [None] * cases
+        if base is not None:
+            codes[: amounts.matched] = [answer.free.codes for answer in base.texts[: amounts.matched]]
         texts = [pool.submit(_texts, range(cases)[i : i + CHUNK], codes[i : i + CHUNK]) for i in range(0, cases, CHUNK)]
         others = [pool.submit(_edits, range(edits)[i : i + CHUNK]) for i in range(0, edits, CHUNK)]
         compared = [pool.submit(_divergences, range(drafts)[i : i + CHUNK]) for i in range(0, drafts, CHUNK)]
@@ -257,8 +275,10 @@ def summary(found: Found, base: Found | None) -> dict[str, Any]:
         row["edits"] = _shares(EditScores.of(found.edits))
     if base is not None:
         pairs = list(zip(found.texts, base.texts, strict=False))  # a slow arm draws fewer
+        row["bf16_scores"] = _shares(Scores.of([answer.verdict for _, answer in pairs]))  # on the same cases
         matched = [(a.matched, b.free) for a, b in pairs if a.matched is not None]
         row |= {
+            "matched": len(matched),
             "psnr": _spread(psnr(a.picture, b.picture) for a, b in matched),
             "ssim": _spread(ssim(a.picture, b.picture) for a, b in matched),
             "latent_cosine": _spread(cosine(a.latents, b.latents) for a, b in matched),
@@ -318,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--cases", type=int, default=world.HELD_OUT)
     parser.add_argument("--stock-cases", type=int, default=50, help="the stock pipeline is slow: how many it draws")
+    parser.add_argument("--matched", type=int, default=100, help="cases also drawn from the codes of bf16")
     parser.add_argument("--edits", type=int, default=world.HELD_OUT_EDITS)
     parser.add_argument("--drafts", type=int, default=100, help="drafts whose next-code distributions are compared")
     parser.add_argument("--steps", type=int, default=50)
@@ -334,13 +355,16 @@ def main(arguments: list[str] | None = None) -> int:
     for arm in [BASE, *(arm for arm in args.arms if arm != BASE)]:
         painter, recipe = ARMS[arm]
         cases, edits = (args.cases, args.edits) if painter is Ours else (min(args.stock_cases, args.cases), 0)
-        drafts = 0 if arm in (BASE, "stock") else args.drafts
-        kept = args.work / f"{arm}-{args.dtype}-{args.split}-{args.steps}-{cases}-{edits}-{drafts}.safetensors"
-        if not kept.with_suffix(".json").exists():
+        matched = 0 if arm == BASE else min(args.matched, cases)
+        amounts = Amounts(cases, matched, edits, 0 if arm in (BASE, "stock") else args.drafts)
+        kept = args.work / f"{arm}-{args.dtype}-{args.split}-{args.steps}.safetensors"
+        found = Found.load(kept) if kept.with_suffix(".json").exists() else None
+        if found is None or not amounts.within(found):
             folder = args.model if recipe is None else _converted(args.model, args.work, recipe)
             work = Work(args.model, arm, folder, args.dtype, args.split, args.steps)
-            run_arm(work, cases, edits, drafts, answers.get(BASE), args.devices, args.workers).save(kept)
-        answers[arm] = Found.load(kept)
+            found = run_arm(work, amounts, answers.get(BASE), args.devices, args.workers)
+            found.save(kept)
+        answers[arm] = found
         print(f"{arm}: {json.dumps(summary(answers[arm], answers[BASE] if arm != BASE else None))}", file=sys.stderr)
 
     result = {

@@ -39,7 +39,8 @@ CORPUS = 3000  # posters and edits each whose prompts the tokenizer's merges are
 PROMPT_WIDTH = 256  # ids that no prompt exceeds, with a source picture's codes
 ROUND_TEXTS, ROUND_EDITS = 24_000, 12_000  # of what is rendered while the drafting model trains
 SEEDS = 10_000_000  # training seeds a run may use: run s takes [s * SEEDS, (s + 1) * SEEDS)
-LABELS = ("", *world.ALPHABET, *world.KINDS)  # what a cell may show
+PATCH = 16  # pixels a side of what one token of the transformer covers
+LABELS = ("", *world.ALPHABET)  # what a cell may show
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Data:
     """Everything the stages learn from, on the device.
 
     Pictures are uint8 [N, S, S, 3], what the vision tower sees of them `eyes` [N, S/2, S/2, 3] (halved as the runtime
-    halves them); `previews` are the halved pictures of posters rendered larger; `labels` [N, cells] say which letter or
-    shape a cell shows; glyph ids [N, TEXTS, TEXT_TOKENS] are -1 where unused. Edits likewise, sources and targets.
+    halves them); `previews` are the halved pictures of posters rendered larger; labels [N, cells] say which letter a
+    cell shows, `patch_labels` which one a token of the transformer does; glyph ids [N, TEXTS, TEXT_TOKENS] are -1 where
+    unused. Edits likewise, sources and targets.
     """
 
     pictures: Tensor
@@ -56,12 +58,14 @@ class Data:
     eye_labels: Tensor
     previews: Tensor
     preview_labels: Tensor
+    patch_labels: Tensor
     prompts: Prompts
     glyphs: Tensor
     edit_sources: Tensor
     edit_source_eyes: Tensor
     edit_targets: Tensor
     edit_target_eyes: Tensor
+    edit_patch_labels: Tensor
     edit_prompts: Prompts
     edit_glyphs: Tensor
 
@@ -96,6 +100,7 @@ class _Rows:
         self.labels = _shared((count, cells), np.uint8)
         self.previews = _shared((count, preview, preview, 3), np.uint8)
         self.preview_labels = _shared((count, (PREVIEW_SIDE // 32) ** 2), np.uint8)
+        self.patch_labels = _shared((count, (side // PATCH) ** 2), np.uint8)
         self.ids = _shared((count, PROMPT_WIDTH), np.int16)
         self.positions = _shared((count, 3, PROMPT_WIDTH), np.int16)
         self.lengths = _shared((count,), np.int64)
@@ -171,6 +176,7 @@ class Rendering:
         rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview), case.prompt)
         self._put_picture(rows, row, 0, case.truth)
         rows.labels[row] = cell_labels(case.truth, self.sizes.side, self.sizes.grid)
+        rows.patch_labels[row] = cell_labels(case.truth, self.sizes.side, self.sizes.side // PATCH)
         if rows.with_previews:
             rows.previews[row] = halved(world.render(case.truth, PREVIEW_SIDE))
             rows.preview_labels[row] = cell_labels(case.truth, PREVIEW_SIDE, self.sizes.preview_grid)
@@ -182,6 +188,7 @@ class Rendering:
         rows.put_prompt(row, self._tokenizer.build(case.prompt, target, preview, [target]), case.prompt)
         for slot, truth in enumerate((case.source, case.target)):
             self._put_picture(rows, row, slot, truth)
+        rows.patch_labels[row] = cell_labels(case.target, self.sizes.side, self.sizes.side // PATCH)
         rows.done[row] += 1
 
     def _put_picture(self, rows: _Rows, row: int, slot: int, truth: Any) -> None:
@@ -241,12 +248,14 @@ class Rendering:
             eye_labels=moved(of_texts.labels[texts]),
             previews=moved(of_texts.previews[texts]),
             preview_labels=moved(of_texts.preview_labels[texts]),
+            patch_labels=moved(of_texts.patch_labels[texts]),
             prompts=_prompts(of_texts, amount.texts, None, (preview, target)).to(device),
             glyphs=moved(of_texts.glyphs[texts]).long(),
             edit_sources=moved(of_edits.pictures[edits, 0]),
             edit_source_eyes=moved(of_edits.eyes[edits, 0]),
             edit_targets=moved(of_edits.pictures[edits, 1]),
             edit_target_eyes=moved(of_edits.eyes[edits, 1]),
+            edit_patch_labels=moved(of_edits.patch_labels[edits]),
             edit_prompts=_prompts(of_edits, amount.edits, (1, 1 + self.sizes.grid**2), (target,)).to(device),
             edit_glyphs=moved(of_edits.glyphs[edits]).long(),
         )
@@ -275,18 +284,18 @@ def halved(picture: Image.Image) -> Array:
 
 
 def cell_labels(truth: Any, side: int, grid: int) -> Array:
-    """For each cell of the grid, the letter or shape that covers most of it, its place in `LABELS`, or 0 for none.
+    """For each cell of the grid, the letter that covers most of it, its place in `LABELS`, or 0 for none.
 
-    Something counts where it covers at least a fifth of the cell.
+    A letter counts where it covers at least a fifth of the cell.
     """
     cell = side / grid
     best = np.full((grid, grid), 0.2 * cell * cell)
     labels = np.zeros((grid, grid), dtype=np.uint8)
     edges = np.arange(grid) * cell
-    for name, (left, top, right, bottom) in world.layout(truth, side):
+    for letter, (left, top, right, bottom) in world.layout(truth, side):
         across = np.clip(np.minimum(right, edges + cell) - np.maximum(left, edges), 0, None)
         down = np.clip(np.minimum(bottom, edges + cell) - np.maximum(top, edges), 0, None)
         covered = down[:, None] * across
-        labels[covered > best] = LABELS.index(name)
+        labels[covered > best] = LABELS.index(letter)
         best = np.maximum(best, covered)
     return labels.reshape(-1)

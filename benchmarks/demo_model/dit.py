@@ -138,11 +138,13 @@ class Painter(nn.Module):
         keep_prior: Tensor,
         timesteps: Tensor,
         condition: list[KeysValues] | None = None,
+        seen_tokens: list[Tensor] | None = None,
     ) -> Tensor:
         """The velocity of latents [B, C, H, W].
 
         `glyphs` [B, T, text_embed_dim] with `used` [B, T] true where a slot holds a state; `codes` [B, H/p * W/p],
-        upsampled, their embeddings zeroed where `keep_prior` [B] is false; `timesteps` [B] float32.
+        upsampled, their embeddings zeroed where `keep_prior` [B] is false; `timesteps` [B] float32. `seen_tokens`
+        takes the image tokens behind each block.
         """
         batch, _, height, width = latents.shape
         x, embedding = self._image_tokens(latents, codes, keep_prior, timesteps)
@@ -156,6 +158,8 @@ class Painter(nn.Module):
         for index, block in enumerate(self.transformer_blocks):
             kv = None if condition is None else condition[index]
             tokens, _ = block(tokens, text, embedding, cos, sin, mask, kv)
+            if seen_tokens is not None:
+                seen_tokens.append(tokens[:, text:])
         scale, shift = self.norm_out["linear"](embedding)[:, None].chunk(2, dim=-1)
         x = self.proj_out(normalised(tokens[:, text:]) * (1 + scale) + shift)
         p = self.config.patch_size

@@ -19,18 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qruntime.prompt import BYT5_FIRST_BYTE
+
 from .ar import Drafter
 from .config import Parts, Sizes
 from .data import HELD, Data
-from .dit import Painter
+from .dit import Painter, normalised
 from .draw import decode, denoise, draft, glyph_states, no_glyphs, psnr, sheet, upsampled
 from .glyph import GlyphEncoder
-from .layers import initialise
+from .layers import Linear, initialise
 from .loop import Box, Recipe, train
 from .sequences import Prompts
 from .store import load_into, parts_of, save_state, write_facts
 from .vae import Resnet, Vae
 from .vision import Codebook, Eye, Sketcher
+from .world import MAX_LETTERS
 
 QUIET = 0.3  # scale of what a residual branch adds at first
 STEPS = 30  # of denoising, in what a stage draws at its end
@@ -166,7 +169,6 @@ FREE_UNTIL = 0.3  # share of the time without a codebook, in which the tower lea
 FREE_NOISE = 0.03  # what stands in for the codebook's coarseness there
 REVIVE_EVERY, REVIVE_UNTIL, REVIVE_BELOW = 25, 0.7, 0.01
 FIT_ROUNDS, FIT_STEPS, FIT_POINTS = 16, 12, 100_000
-SCALE_WEIGHTS = 0.65, 0.35  # of the target's codes, which the transformer reads, and of the preview's
 MOSAICS = 0.5  # share of batches in which a part of each picture comes from another one
 
 
@@ -187,7 +189,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
     codebook = eye.codebook
     codebook.table.requires_grad_(False)
     averages = _Averages(torch.ones(sizes.codes, device=run.device), F.normalize(codebook.table, dim=-1))
-    recipe = Recipe(lr=1.8e-3, batch=max(512 // run.scale, 4), weight_decay=0.02)
+    recipe = Recipe(lr=1.4e-3, batch=max(256 // run.scale, 4), weight_decay=0.02)
     scales = ((data.eyes, data.eye_labels, sizes.grid), (data.previews, data.preview_labels, sizes.preview_grid))
     done, fitted = 0, False
 
@@ -199,7 +201,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
         index = torch.randint(len(data.eyes) - HELD, (recipe.batch,), generator=generator, device=run.device)
         total: dict[str, Tensor] = {}
         seen = []
-        for (pictures, labels, grid), weight in zip(scales, SCALE_WEIGHTS, strict=True):
+        for pictures, labels, grid in scales:
             views, marks = as_pixels(pictures[index], run.dtype), labels[index].long()
             if torch.rand(()) < MOSAICS:
                 views, marks = _mosaic(views, marks, grid)
@@ -221,7 +223,7 @@ def train_vision(run: Run, data: Data, box: Box) -> dict[str, float]:
                 numbers["l1"] + 4 * numbers["mse"] + LABEL_WEIGHT * numbers["labels"] + COMMITMENT * numbers["commit"]
             )
             for key, value in {"loss": loss, **numbers}.items():
-                total[key] = total.get(key, 0) + weight * value
+                total[key] = total.get(key, 0) + value / len(scales)
         done += 1
         if fitted:
             points, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -467,25 +469,65 @@ WRONG_CODES = 0.08  # share of codes that are another poster's in some samples: 
 WRONG_SAMPLES = 0.3  # spelling is to come from the glyphs
 DETAIL_WEIGHT = 3.0  # how much more a latent counts where the picture is not flat
 DETAIL_STEP = 24  # levels of 255 between neighbouring pixels that are detail
+PROBED_BLOCK = 5  # of eight: how many blocks must be enough to know which letter a token shows
+HINT_WEIGHT = 0.15
+SPELLING_STEPS, SPELLING_RATE = 1500, 2e-3  # in which the glyph encoder learns alone
+
+
+class _Hints(nn.Module):
+    """What the transformer and the glyph encoder are also asked while they learn, and what answers; thrown away.
+
+    Velocity alone teaches spelling slowly: that a stroke is wrong says little about which letter was to be read where.
+    """
+
+    def __init__(self, parts: Parts, labels: int) -> None:
+        super().__init__()
+        self.labels = Linear(parts.dit.width, labels)
+        self.letters = Linear(parts.glyph.d_model, parts.glyph.vocab_size)
+        self.places = Linear(parts.glyph.d_model, MAX_LETTERS**2)
+
+    def shown(self, tokens: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
+        """The loss of naming the letter that each image token [B, N, width] shows, where `asked` [B]."""
+        losses = F.cross_entropy(self.labels(normalised(tokens)).float().mT, labels, reduction="none")
+        return (losses.mean(1) * asked).mean()
+
+    def spelled(self, states: Tensor, ids: Tensor) -> Tensor:
+        """The loss of naming letter, place and length of word from each glyph state [B, N, d_model].
+
+        ids [B, texts, T] with texts * T = N.
+        """
+        states = states.view(*ids.shape, -1)
+        letters = ids >= BYT5_FIRST_BYTE
+        places = MAX_LETTERS * (letters.sum(-1, keepdim=True) - 1) + letters.cumsum(-1) - 1
+        total = torch.zeros((), device=states.device)
+        for head, wanted in ((self.letters, ids), (self.places, places)):
+            marks = torch.where(letters, wanted, -100).flatten()
+            total = total + F.cross_entropy(head(states).float().flatten(0, -2), marks, reduction="sum")
+        return total / letters.sum().clamp_min(1)
 
 
 def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
     sizes, generator = run.sizes, run.generator("dit")
     vae, eye = open_vae(run), open_eye(run)
-    texts = _Paintings.of(run, vae, eye, data.pictures, data.eyes, data.glyphs)
-    edits = _Paintings.of(run, vae, eye, data.edit_targets, data.edit_target_eyes, data.edit_glyphs)
-    sources = _Paintings.of(run, vae, eye, data.edit_sources, data.edit_source_eyes, data.edit_glyphs)
+    texts = _Paintings.of(run, vae, eye, data.pictures, data.eyes, data.glyphs, data.patch_labels)
+    labels = data.edit_patch_labels
+    edits = _Paintings.of(run, vae, eye, data.edit_targets, data.edit_target_eyes, data.edit_glyphs, labels)
+    sources = _Paintings.of(run, vae, eye, data.edit_sources, data.edit_source_eyes, data.edit_glyphs, labels)
     parts = parts_of(run.folder, sizes)
     painter, encoder = Painter(parts.dit).to(run.device), GlyphEncoder(parts.glyph).to(run.device)
-    for module in (painter, encoder):
+    hints = _Hints(parts, data.label_count).to(run.device)
+    for module in (painter, encoder, hints):
         initialise(module, generator)
     _quiet_start(painter, encoder)
+    spelled = _learn_to_spell(run, encoder, hints, texts.glyphs)
+    run.say(f"dit: letters and places from glyph states, loss {spelled:.4f}")
     run.compile(painter.transformer_blocks)
-    recipe = Recipe(lr=1.4e-3, batch=max(512 // run.scale, 4), weight_decay=0.02, average=500.0)
+    recipe = Recipe(lr=1.4e-3, batch=max(256 // run.scale, 4), weight_decay=0.02, average=800.0)
+    probed = min(PROBED_BLOCK, len(painter.transformer_blocks))
     done = 0
 
-    def velocity_error(index: Tensor, levels: Tensor, from_source: bool, *, learning: bool) -> Tensor:
-        """The weighted squared error [B] at noise levels [B]."""
+    def losses(index: Tensor, levels: Tensor, from_source: bool, *, learning: bool) -> dict[str, Tensor]:
+        """The weighted squared error of the velocity at noise levels [B], and those of the hints."""
         batch = len(index)
         chosen = edits if from_source else texts
         wanted = chosen.latents[index].float()
@@ -504,9 +546,15 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
         if learning:
             codes = _with_wrong_codes(codes, generator)
         states, used = glyph_states(encoder, glyphs, run.dtype)
-        found = painter(noisy, states, used, upsampled(codes, sizes.grid), kept, 1000 * levels - 1, condition).float()
+        codes, timesteps, seen_tokens = upsampled(codes, sizes.grid), 1000 * levels - 1, []
+        found = painter(noisy, states, used, codes, kept, timesteps, condition, seen_tokens).float()
         weight = 1 + DETAIL_WEIGHT * chosen.detail[index][:, None].float()
-        return ((found - (noise - wanted)).square() * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
+        error = ((found - (noise - wanted)).square() * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
+        return {
+            "velocity": error.mean(),
+            "shown": hints.shown(seen_tokens[probed - 1], chosen.labels[index].long(), kept),
+            "spelled": hints.spelled(states, glyphs),
+        }
 
     def step(share: float) -> dict[str, Tensor]:
         nonlocal done
@@ -515,9 +563,10 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
         pool = len((edits if from_source else texts).latents) - HELD
         batch = recipe.batch // 2 if from_source else recipe.batch  # an edit costs twice as much
         index = torch.randint(pool, (batch,), generator=generator, device=run.device)
-        return {"loss": velocity_error(index, _levels(batch, generator), from_source, learning=True).mean()}
+        found = losses(index, _levels(batch, generator), from_source, learning=True)
+        return {"loss": found["velocity"] + HINT_WEIGHT * (found["shown"] + found["spelled"]), **found}
 
-    numbers = train("dit", {"dit": painter, "glyph": encoder}, step, box, recipe, run.say)
+    numbers = train("dit", {"dit": painter, "glyph": encoder, "hints": hints}, step, box, recipe, run.say)
     for name, module in (("dit", painter), ("glyph", encoder)):
         save_state(run.folder, name, module.state_dict())
         load_into(module, run.folder, name)
@@ -526,9 +575,30 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
             index = torch.arange(len(pool.latents) - HELD, len(pool.latents), device=run.device)
             for level in (0.9, 0.5, 0.1):
                 levels = torch.full((HELD,), level, device=run.device)
-                error = velocity_error(index, levels, from_source, learning=False).mean()
-                numbers[f"{name}_loss_at_{level}"] = float(error)
+                found = losses(index, levels, from_source, learning=False)
+                numbers[f"{name}_loss_at_{level}"] = float(found["velocity"])
+                numbers[f"{name}_shown_at_{level}"] = float(found["shown"])
     return run.finish("dit", numbers)
+
+
+def _learn_to_spell(run: Run, encoder: GlyphEncoder, hints: _Hints, glyphs: Tensor) -> float:
+    """Let each glyph state name its letter and the letter's place, before anything is painted; the last loss.
+
+    Without it the transformer finds out neither which state to read nor why it should.
+    """
+    parameters = [*encoder.parameters(), *hints.letters.parameters(), *hints.places.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=SPELLING_RATE, betas=(0.9, 0.98))
+    steps, loss = max(SPELLING_STEPS // run.scale, 4), torch.zeros(())
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = SPELLING_RATE * min(1.0, (step + 1) / 50) * (1.0 - 0.9 * step / steps)
+        index = torch.randint(len(glyphs) - HELD, (max(512 // run.scale, 4),), generator=generator, device=run.device)
+        loss = hints.spelled(glyph_states(encoder, glyphs[index], run.dtype)[0], glyphs[index])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    return float(loss.detach())
 
 
 def _quiet_start(painter: Painter, encoder: GlyphEncoder) -> None:
@@ -558,18 +628,19 @@ def _with_wrong_codes(codes: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Paintings:
-    """What the transformer learns from: latents [N, C, h, w], codes [N, cells], glyph ids [N, texts, T], and where the
-    picture is not flat [N, h, w]."""
+    """What the transformer learns from: latents [N, C, h, w], codes [N, cells], glyph ids [N, texts, T], where the
+    picture is not flat [N, h, w], and which letter each token shows [N, tokens]."""
 
     latents: Tensor
     codes: Tensor
     glyphs: Tensor
     detail: Tensor
+    labels: Tensor
 
     @staticmethod
-    def of(run: Run, vae: Vae, eye: Eye, pictures: Tensor, views: Tensor, glyphs: Tensor) -> _Paintings:
+    def of(run: Run, vae: Vae, eye: Eye, pictures: Tensor, views: Tensor, glyphs: Tensor, labels: Tensor) -> _Paintings:
         detail = torch.cat([_detail(part) for part in pictures.split(_CHUNK)])
-        return _Paintings(encode(run, vae, pictures), encode_codes(run, eye, views), glyphs, detail)
+        return _Paintings(encode(run, vae, pictures), encode_codes(run, eye, views), glyphs, detail, labels)
 
 
 def _detail(pictures: Tensor) -> Tensor:

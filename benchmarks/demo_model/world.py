@@ -469,14 +469,12 @@ def render(truth: Poster, size: int = SIDE) -> Image.Image:
 
 
 def layout(truth: Poster, size: int = SIDE) -> list[tuple[str, Box]]:
-    """Every letter and every kind of shape of a poster, with its box in px."""
-    scale, half = size / SIDE, SHAPE_PX / 2
-    boxes = [cell for word in truth.words for cell in _letter_cells(word)]
-    for shape in truth.shapes:
-        x, y = shape.centre
-        boxes.append((shape.kind, (x - half, y - half, x + half, y + half)))
+    """Every letter of a poster and its box in px, in reading order."""
+    scale = size / SIDE
     return [
-        (name, (left * scale, top * scale, right * scale, bottom * scale)) for name, (left, top, right, bottom) in boxes
+        (letter, (left * scale, top * scale, right * scale, bottom * scale))
+        for word in truth.words
+        for letter, (left, top, right, bottom) in _letter_cells(word)
     ]
 
 
