@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,10 @@ if TYPE_CHECKING:
 
 GB = 10**9
 HUB_ID = "zai-org/GLM-Image"
+DEMO_PROMPT = (
+    'A poster that says "HELLO" in the middle, with a red heart at the top left and a blue star at the bottom right on '
+    "a cream background"
+)
 MAX_SIZE_CHARS = 40  # Python refuses to read numbers of thousands of digits
 _DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
 
@@ -164,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser("demo", help="convert and draw with a tiny model, nothing downloaded")
-    demo.add_argument("prompt", nargs="?", default='a poster that says "HELLO"')
+    demo = commands.add_parser("demo", help="convert and draw with a tiny built-in model, nothing downloaded")
+    demo.add_argument("prompt", nargs="?", default=DEMO_PROMPT, help="a poster's description (%(default)s)")
     _add_json(demo)
     demo.set_defaults(run=_demo)
     return parser
@@ -332,42 +335,44 @@ def _doctor(args: argparse.Namespace, reporter: Reporter) -> int:
 
 
 def _demo(args: argparse.Namespace, reporter: Reporter) -> int:
-    """Make a tiny checkpoint, convert it and draw from both: everything the real model goes through, in seconds."""
-    import torch
-
+    """Convert the built-in twin and draw with it three ways: everything the real model goes through, in seconds."""
     from qruntime.convert.run import convert
 
-    from .checkpoint.synthetic import write_random
+    from . import demonstrate
     from .media import save_png
-    from .pipeline import GlmImagePipeline
 
-    request = GenerateRequest(prompt=args.prompt, height=256, width=256, num_inference_steps=10, seed=0)
-    files: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    torch.set_num_threads(1)  # products this small gain nothing by a second thread, and lose tenfold on a busy machine
-    with tempfile.TemporaryDirectory() as folder:
-        official, converted = Path(folder, "official"), Path(folder, "balanced")
-        write_random(official, full_size=False)
-        convert(official, converted)
-        for name, source in (("bf16", official), ("balanced", converted)):
-            pipe = GlmImagePipeline.from_pretrained(source)
-            began = time.monotonic()
-            out = pipe.generate(request, progress=reporter.progress)
-            seconds[name] = time.monotonic() - began
-            files[name] = str(
-                save_png(out.images[0], f"demo-{name}.png", {**request.settings(), "version": __version__})
-            )
-        sizes = {name: _folder_bytes(path) for name, path in (("bf16", official), ("balanced", converted))}
-    lines = [f"{name:<10}{sizes[name] / 10**6:7.2f} MB {seconds[name]:6.1f} s  {files[name]}" for name in files]
+    drawings = demonstrate.draw(args.prompt, convert, reporter.progress)
+    settings = {**demonstrate.request_of(args.prompt).settings(), "version": __version__}
+    files = {each.name: str(save_png(each.picture, f"demo-{each.name}.png", settings)) for each in drawings}
+    files["all"] = str(save_png(demonstrate.side_by_side(drawings), "demo.png"))
+    lines = [f"{'':<12}{'folder':>9}{'weights held':>14}{'seconds':>9}{'to bf16':>10}  file"]
+    for each in drawings:
+        likeness = "" if each is drawings[0] else "equal" if each.psnr is None else f"{each.psnr:.1f} dB"
+        lines.append(
+            f"{each.name:<12}{each.folder_bytes / 10**6:6.1f} MB{each.weight_bytes / 10**6:11.1f} MB"
+            f"{each.seconds:9.1f}{likeness:>10}  {files[each.name]}"
+        )
+    quoted = shlex.quote(args.prompt)
+    resident, streamed = (each.picture.tobytes() for each in drawings[1:])
     lines += [
+        f"streamed equals resident: {'yes' if resident == streamed else 'NO'}",
+        f"side by side: {files['all']}",
         "",
-        "This tiny model has random weights: it runs the whole way and draws noise. The real one:",
-        f"  qruntime convert {HUB_ID} glm-image-balanced      # downloads 35.8 GB, writes 16.4 GB",
-        f"  qruntime generate {shlex.quote(args.prompt)} --model glm-image-balanced",
+        "This was a tiny twin of GLM-Image, a thousandth of its size, which knows posters and nothing else.",
+        "The real one downloads 35.8 GB, takes minutes to convert, and writes 16.4 GB:",
+        f"  qruntime convert {HUB_ID} glm-image-balanced",
+        f"  qruntime generate {quoted} --model glm-image-balanced",
     ]
-    reporter.result("\n".join(lines), files=files, seconds=seconds, bytes=sizes)
+    numbers = [
+        {
+            "name": each.name,
+            "folder_bytes": each.folder_bytes,
+            "weight_bytes": each.weight_bytes,
+            "seconds": each.seconds,
+            "psnr": each.psnr,
+            "other_codes": each.other_codes,
+        }
+        for each in drawings
+    ]
+    reporter.result("\n".join(lines), files=files, drawings=numbers)
     return 0
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("prompt", "schedule", "sampling", "media", "events"),
     ("pipeline",),
+    ("demonstrate",),
     ("cli",),
     ("__main__",),
 )

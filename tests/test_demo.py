@@ -1,4 +1,4 @@
-"""The demo: what the real model goes through, in seconds, with nothing fetched and nothing left but two pictures."""
+"""The demo: what the real model goes through, in seconds, with nothing fetched and nothing left but its pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qruntime import __version__, cli
 from qruntime.media import read_metadata
 
 LIMIT_S = 60
-PICTURES = ["demo-balanced.png", "demo-bf16.png"]
+PICTURES = ["demo-bf16.png", "demo-int4-int8.png", "demo-streamed.png"]
 
 CLOSED = """
 import socket, sys
@@ -51,11 +51,13 @@ def test_the_demo_as_a_user_runs_it(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert time.monotonic() - began < LIMIT_S
-    assert sorted(path.name for path in place.iterdir()) == PICTURES
+    assert sorted(path.name for path in place.iterdir()) == [*PICTURES, "demo.png"]
     assert list(temporary.iterdir()) == []
     for name in PICTURES:
         assert Image.open(place / name).size == (256, 256)
-        assert re.search(rf"\d MB +\d+\.\d s  {name}$", run.stdout, re.MULTILINE)
+        assert re.search(rf" MB .* MB .*{name}$", run.stdout, re.MULTILINE)
+    assert Image.open(place / "demo.png").width > 3 * 256
+    assert "streamed equals resident: yes" in run.stdout
     assert [command[0] for command in commands(run.stdout)] == ["convert", "generate"]
 
 
@@ -80,14 +82,18 @@ def test_twice_it_draws_the_same_and_overwrites_nothing(
 
     assert {event["event"] for event in events} == {"progress"}
     assert result["event"] == "result"
-    assert sorted(result["files"].values()) == ["demo-balanced_1.png", "demo-bf16_1.png"]
-    assert result["bytes"]["balanced"] < result["bytes"]["bf16"]
-    assert all(0 < seconds < LIMIT_S for seconds in result["seconds"].values())
+    assert sorted(result["files"].values()) == [
+        *("demo-bf16_1.png", "demo-int4-int8_1.png", "demo-streamed_1.png", "demo_1.png")
+    ]
+    full, resident, streamed = result["drawings"]
+    assert resident["folder_bytes"] == streamed["folder_bytes"] < full["folder_bytes"]
+    assert streamed["weight_bytes"] < resident["weight_bytes"] < full["weight_bytes"]
+    assert resident["psnr"] == streamed["psnr"]
+    assert all(0 < drawing["seconds"] < LIMIT_S for drawing in result["drawings"])
 
-    first, again = (
-        [Image.open(f"{name}{n}.png").tobytes() for name in ("demo-bf16", "demo-balanced")] for n in ("", "_1")
-    )
+    first, again = ([Image.open(name.replace(".png", f"{n}.png")).tobytes() for name in PICTURES] for n in ("", "_1"))
     assert first == again
     assert first[0] != first[1]
+    assert first[1] == first[2]
     settings = read_metadata(PICTURES[0])["qruntime"]
     assert (settings["prompt"], settings["seed"], settings["version"]) == (prompt, 0, __version__)
