@@ -298,12 +298,15 @@ def _shares(scores: Scores | EditScores) -> dict[str, float]:
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    """The results as the README shows them."""
-    head = ("arm", "words", "colours", "shapes", "places", "edits", "PSNR", "SSIM", "KL", "top-1")
+    """The results as the README shows them; in brackets what bf16 reaches on the posters that the arm drew."""
+    head = ("arm", "posters", "words", "colours", "shapes", "places", "edits", "PSNR", "SSIM", "KL", "top-1")
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for arm, row in result["arms"].items():
         scores = row["scores"]
-        cells = [arm, *(f"{scores[name]:.1%}" for name in ("word", "background", "shape", "place"))]
+        cells = [arm, str(int(scores["cases"])), f"{scores['word']:.1%}"]
+        if "bf16_scores" in row:
+            cells[-1] += f" ({row['bf16_scores']['word']:.1%})"
+        cells += [f"{scores[name]:.1%}" for name in ("background", "shape", "place")]
         cells.append(f"{row['edits']['right']:.1%}" if "edits" in row else "")
         cells += [f"{row['psnr']['mean']:.1f} dB", f"{row['ssim']['mean']:.4f}"] if "psnr" in row else ["", ""]
         cells += [f"{row['kl']:.4f}", f"{row['top1']:.1%}"] if "kl" in row else ["", ""]
@@ -323,7 +326,7 @@ def contact_sheet(columns: dict[str, list[Array]]) -> Image.Image:
     return sheet
 
 
-def _digest(model: Path) -> str:
+def digest(model: Path) -> str:
     """One hash of all files of a model."""
     digest = hashlib.sha256()
     for path in sorted(path for path in model.rglob("*") if path.is_file()):
@@ -371,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine(
             torch.device(args.devices[0]), getattr(torch, args.dtype), git_commit(), "python -m benchmarks.fidelity"
         ),
-        "model_sha256": _digest(args.model),
+        "model_sha256": digest(args.model),
         "settings": {"split": args.split, "steps": args.steps, "devices": args.devices},  # seeds: the cases' numbers
         "arms": {arm: summary(found, None if arm == BASE else answers[BASE]) for arm, found in answers.items()},
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import resultfile
+from benchmarks import fidelity, resultfile
 from benchmarks.report import pictures
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,13 @@ def test_the_table_of_measurements_is_the_one_that_the_results_files_make():
     table = pictures(resultfile.load(path) for path in RESULTS)
     assert len(table.rows) >= 2
     assert table.markdown() in README
+
+
+def test_the_table_of_fidelity_is_the_one_that_its_results_file_makes():
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo" / "fidelity.json").read_text("utf-8"))
+    assert {"bf16", "balanced", "quality", "small", "nf4-quanto"} <= result["arms"].keys()
+    assert fidelity.markdown_table(result) in README
+    assert result["model_sha256"] == fidelity.digest(ROOT / "qruntime" / "demo")
 
 
 @pytest.mark.parametrize("recipe", ["balanced", "quality"])
