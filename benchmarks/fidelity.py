@@ -355,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
 
     answers: dict[str, Found] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for arm in [BASE, *(arm for arm in args.arms if arm != BASE)]:
         painter, recipe = ARMS[arm]
         cases, edits = (args.cases, args.edits) if painter is Ours else (min(args.stock_cases, args.cases), 0)
@@ -367,8 +368,9 @@ def main(arguments: list[str] | None = None) -> int:
             work = Work(args.model, arm, folder, args.dtype, args.split, args.steps)
             found = run_arm(work, amounts, answers.get(BASE), args.devices, args.workers)
             found.save(kept)
+        rows[arm] = summary(found, answers.get(BASE))
         answers[arm] = found
-        print(f"{arm}: {json.dumps(summary(answers[arm], answers[BASE] if arm != BASE else None))}", file=sys.stderr)
+        print(f"{arm}: {json.dumps(rows[arm])}", file=sys.stderr)
 
     result = {
         "machine": machine(
@@ -376,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         "model_sha256": digest(args.model),
         "settings": {"split": args.split, "steps": args.steps, "devices": args.devices},  # seeds: the cases' numbers
-        "arms": {arm: summary(found, None if arm == BASE else answers[BASE]) for arm, found in answers.items()},
+        "arms": rows,
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -103,9 +103,9 @@ def _draw(
 ) -> Drawing:
     began = time.monotonic()
     out = pipe.generate(request_of(prompt), progress=pipe.watch(progress))
+    seconds = time.monotonic() - began
     picture, codes = out.images[0], out.prior_token_ids[0]
     folder_bytes = sum(path.stat().st_size for path in pipe.checkpoint.path.rglob("*") if path.is_file())
-    seconds = time.monotonic() - began
     if first is None:
         return Drawing(name, how, folder_bytes, pipe.most_bytes, seconds, picture, codes)
     other = float((codes != first.codes).float().mean())

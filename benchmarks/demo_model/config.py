@@ -1,6 +1,6 @@
 """The demo model's sizes, and the official configuration files that say them.
 
-Same classes, same arithmetic and same files as the official checkpoint, a two-thousandth of its weights. Widths are
+Same classes, same arithmetic and same files as the official checkpoint, a thousandth of its weights. Widths are
 multiples of 64, so that int4 groups and rotations work as they do there. What is smaller than one would choose for
 quality alone: the AdaLN embedding (its matrices are never quantised, and would be a third of the model), and the
 vocabulary, which holds bytes, whole words of the posters' prompts, and nothing else.

@@ -510,9 +510,9 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
     sizes, generator = run.sizes, run.generator("dit")
     vae, eye = open_vae(run), open_eye(run)
     texts = _Paintings.of(run, vae, eye, data.pictures, data.eyes, data.glyphs, data.patch_labels)
-    labels = data.edit_patch_labels
-    edits = _Paintings.of(run, vae, eye, data.edit_targets, data.edit_target_eyes, data.edit_glyphs, labels)
-    sources = _Paintings.of(run, vae, eye, data.edit_sources, data.edit_source_eyes, data.edit_glyphs, labels)
+    targets = data.edit_targets, data.edit_target_eyes, data.edit_glyphs, data.edit_patch_labels
+    edits = _Paintings.of(run, vae, eye, *targets)
+    source_latents, source_codes = encode(run, vae, data.edit_sources), encode_codes(run, eye, data.edit_source_eyes)
     parts = parts_of(run.folder, sizes)
     painter, encoder = Painter(parts.dit).to(run.device), GlyphEncoder(parts.glyph).to(run.device)
     hints = _Hints(parts, data.label_count).to(run.device)
@@ -538,8 +538,8 @@ def train_dit(run: Run, data: Data, box: Box) -> dict[str, float]:
         kept = torch.ones(batch, dtype=torch.bool, device=run.device)
         condition = None
         if from_source:
-            seen = upsampled(sources.codes[index], sizes.grid)
-            condition = painter.condition(sources.latents[index], seen, padding=glyphs.flatten(1).shape[1])
+            seen = upsampled(source_codes[index], sizes.grid)
+            condition = painter.condition(source_latents[index], seen, padding=glyphs.flatten(1).shape[1])
         elif learning:
             kept = torch.rand(batch, generator=generator, device=run.device) >= DROP
             glyphs = torch.where(kept[:, None, None], glyphs, no_glyphs(glyphs))
