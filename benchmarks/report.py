@@ -316,7 +316,7 @@ def _stages_chart(plt: Any, rows: Sequence[Row]) -> Any:
     axes.set_xlim(0, 1.12 * max(lefts))
     extrapolated = any(row.get("extrapolated") for row in rows)
     axes.set_xlabel("seconds" + (f"    {_EXTRAPOLATED}" if extrapolated else ""))
-    axes.legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    _legend_above(axes, 4)
     return figure
 
 
@@ -344,7 +344,7 @@ def _memory_chart(plt: Any, rows: Sequence[Row]) -> Any:
     axes.set_ylabel(what)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend_above(axes, 2)
     return figure
 
 
@@ -373,8 +373,12 @@ def _floor_chart(plt: Any, rows: Sequence[Row]) -> Any:
     axes.set_xlim(left=0.8)
     axes.set_xlabel("times the floor (1: nothing is left to gain)")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    _legend_above(axes, 3)
     return figure
+
+
+def _legend_above(axes: Any, columns: int) -> None:
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
 
 
 def _kernels_chart(plt: Any, rows: Sequence[Row]) -> Any:
@@ -400,7 +404,7 @@ def _kernels_chart(plt: Any, rows: Sequence[Row]) -> Any:
     axes.set_xlim(left=0)
     axes.set_xlabel("% of the ceiling    (rows x N x K)")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    _legend_above(axes, 4)
     return figure
 
 

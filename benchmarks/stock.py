@@ -41,15 +41,17 @@ def prepared(pipe: Any, folder: Path) -> Any:
     return pipe
 
 
-def decoder_inputs(pipe: Any, prompt: str, height: int, width: int, images: Sequence[Image.Image] | None = None) -> Any:
-    """What the stock pipeline feeds its decoder: `input_ids` [1, S], `image_grid_thw` [G, 3] and `pixel_values`, on the
-    host.
+def decoder_inputs(
+    processor: Any, prompt: str, height: int, width: int, images: Sequence[Image.Image] | None = None
+) -> Any:
+    """What the stock processor feeds the decoder: `input_ids` [1, S], `image_grid_thw` [G, 3] and `pixel_values`, on
+    the host.
 
     Grids count cells of 32 pixels: for text the target then the preview, for edits each source then the target.
     """
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images or ()]
     content.append({"type": "text", "text": prompt})
-    return pipe.processor.apply_chat_template(
+    return processor.apply_chat_template(
         [[{"role": "user", "content": content}]],
         tokenize=True,
         return_dict=True,
@@ -67,7 +69,7 @@ def decoder_logits(
     Row S - 1 + i is what drafted token i is drawn from.
     """
     model = pipe.vision_language_encoder
-    inputs = decoder_inputs(pipe, prompt, height, width, images).to(model.device)
+    inputs = decoder_inputs(pipe.processor, prompt, height, width, images).to(model.device)
     prompt_pass = model(**inputs, use_cache=True)
     # A cache makes the stock model take the positions of the grids, which it worked out with the prompt.
     draft_pass = model(

@@ -66,7 +66,7 @@ def reference_greedy_draft(
 ) -> Tensor:
     """The codes that greedy decoding writes, int64 [N]: preview grid then target grid, for edits the target alone."""
     model = pipe.vision_language_encoder
-    inputs = reference_inputs(pipe, prompt, height, width, images)
+    inputs = reference_inputs(pipe.processor, prompt, height, width, images)
     count = sum(rows * columns for rows, columns in draft_grids(inputs))
     written = model.generate(
         **inputs,
@@ -83,7 +83,7 @@ def reference_positions(
 ) -> Tensor:
     """Position ids [3, S + N + 1] of a prompt, of its draft and of the end marker, on the axes time, row, column."""
     model = pipe.vision_language_encoder.model
-    inputs = reference_inputs(pipe, prompt, height, width, images)
+    inputs = reference_inputs(pipe.processor, prompt, height, width, images)
     grids = {key: inputs[key] for key in ("image_grid_thw", "images_per_sample")}
     prompt_positions, _ = model.get_rope_index(inputs["input_ids"], **grids)
     return torch.cat((prompt_positions[:, 0], model._cached_decode_position_ids[0]), dim=1)

@@ -19,6 +19,7 @@ from transformers import ByT5Tokenizer, GlmImageProcessor, PreTrainedTokenizerFa
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 from transformers.models.glm_image.modeling_glm_image import GlmImageModel
 
+from benchmarks.stock import decoder_inputs
 from qruntime.errors import CheckpointError
 from qruntime.prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
 from qruntime.request import GenerateRequest
@@ -88,17 +89,6 @@ class Build:
     def open(self, **changes: Any) -> PromptTokenizer:
         ids = {"image_start_id": START, "image_end_id": END, "image_id": self.stock.convert_tokens_to_ids("<|image|>")}
         return PromptTokenizer.from_folder(self.folder, **{**ids, "vocab_size": self.vocab_size, **changes})
-
-    def stock_inputs(self, text: str, height: int, width: int, pictures: list[Image.Image]) -> Any:
-        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
-        content.append({"type": "text", "text": text})
-        return self.processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"target_h": height, "target_w": width},
-        )
 
     def stock_positions(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Position ids [3, T] of the prompt and [3, N + 1] of the draft and its end marker."""
@@ -214,7 +204,7 @@ def built(tokenizer: PromptTokenizer, text: str, height: int, width: int, pictur
 
 def assert_equals_stock(build: Build, text: str, height: int, width: int, pictures: list[Image.Image]) -> None:
     ours = built(build.open(), text, height, width, pictures)
-    inputs = build.stock_inputs(text, height, width, pictures)
+    inputs = decoder_inputs(build.processor, text, height, width, pictures)
     assert list(ours.ids) == inputs["input_ids"][0].tolist()
     positions, decode_positions = build.stock_positions(inputs)
     assert torch.equal(torch.tensor(ours.positions), positions)

@@ -198,12 +198,12 @@ def test_prompt_forms(reference: Pipelines, variant: str) -> None:
     start, end = (image_token(VARIANTS[variant].codebook_size + i) for i in range(2))
     decode = pipe.processor.tokenizer.decode
 
-    inputs = reference_inputs(pipe, "a cat, 你好", 128, 64)
+    inputs = reference_inputs(pipe.processor, "a cat, 你好", 128, 64)
     assert decode(inputs["input_ids"][0]) == f"a cat, 你好<sop>4 2<eop><sop>22 11<eop>{start}"
     assert draft_grids(inputs) == [(22, 11), (4, 2)]
 
     images = [source_picture(64, 96), source_picture(96, 64)]
-    inputs = reference_inputs(pipe, "a cat, 你好", 128, 64, images)
+    inputs = reference_inputs(pipe.processor, "a cat, 你好", 128, 64, images)
     picture = start + "<|image|>" * 6 + end
     assert decode(inputs["input_ids"][0]) == f"{picture}{picture}a cat, 你好<sop>4 2<eop>{start}"
     assert draft_grids(inputs) == [(4, 2)]
@@ -214,7 +214,9 @@ def test_positions_of_a_short_edit(reference: Pipelines) -> None:
     pipe = reference("base")
     images = [source_picture(64, 96)]
     positions = reference_positions(pipe, "a", 64, 32, images)
-    text = reference_inputs(pipe, "a", 64, 32, images)["input_ids"].shape[1] - 8  # the source is 1 + 6 + 1 tokens
+    text = (
+        reference_inputs(pipe.processor, "a", 64, 32, images)["input_ids"].shape[1] - 8
+    )  # the source is 1 + 6 + 1 tokens
     source = [[0, 0, 0]] + [[1, 1 + row, 1 + column] for row in range(3) for column in range(2)] + [[4, 4, 4]]
     words = [[5 + i] * 3 for i in range(text)]
     p = 5 + text

@@ -113,7 +113,8 @@ class Reference:
 
     def _draft(self, inputs: Inputs, tokens: int) -> None:
         case = inputs.case
-        given = decoder_inputs(self._pipe, inputs.prompt, case.height, case.width, inputs.sources).to(self._device)
+        size = case.height, case.width
+        given = decoder_inputs(self._pipe.processor, inputs.prompt, *size, inputs.sources).to(self._device)
         self._pipe.vision_language_encoder.generate(**given, max_new_tokens=tokens, do_sample=True)
 
     def _priors(self, inputs: Inputs) -> tuple[Any, Any, Any]:
