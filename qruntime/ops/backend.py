@@ -1,0 +1,35 @@
+"""Whether a device runs the Triton kernels: one question, asked by every op that has one.
+
+Triton comes with torch on Linux and not on Windows; the kernels need the tensor cores and asynchronous copies of
+compute capability 8.0, and bf16. Everything else takes the plain torch path.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import device as devices
+
+OLDEST_TRITON = (3, 5)  # what the oldest supported torch brings is 3.6
+OLDEST_CAPABILITY = (8, 0)
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int] | None:
+    """The installed Triton's (major, minor), without importing it."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+        return int(major), int(minor)
+    except (PackageNotFoundError, ValueError):
+        return None
+
+
+def uses_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether products in `dtype` on `device` run through the Triton kernels."""
+    if devices.kind(device) != "cuda" or dtype != torch.bfloat16:
+        return False
+    capability, found = devices.compute_capability(device), triton_version()
+    return capability is not None and capability >= OLDEST_CAPABILITY and found is not None and found >= OLDEST_TRITON
