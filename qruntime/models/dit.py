@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..quant.fused import FusedLinear
 from .config import DitConfig
 from .spec import BlockSpec, LinearSpec, TensorSpec
 from .weights import Weights
@@ -31,10 +32,7 @@ from .weights import Weights
 EPS = 1e-5
 ROPE_THETA = 10000.0
 _EMBEDDING_PERIOD = 10000  # of the sinusoidal embeddings of timestep and size
-CHUNKS = 12  # AdaLN outputs a block, six for image tokens and six for text tokens, interleaved
-
-# Order of the AdaLN output: (image, text) pairs of shift, scale and gate, first for attention and then for the MLP.
-_ATTENTION_SHIFT, _ATTENTION_SCALE, _ATTENTION_GATE, _MLP_SHIFT, _MLP_SCALE, _MLP_GATE = range(6)
+CHUNKS = 12  # AdaLN outputs a block: shift, scale, gate of attention, then of the MLP, each for image and text tokens
 
 
 def block_specs(config: DitConfig) -> list[BlockSpec]:
@@ -183,7 +181,9 @@ class DitBlock:
 
     def __init__(self, config: DitConfig, weights: Weights) -> None:
         self._config = config
-        self._linear = weights.linear
+        self._qkv, self._out, self._mlp_in, self._mlp_out = (
+            FusedLinear(weights.linear(key)) for key in ("qkv", "out", "mlp_in", "mlp_out")
+        )
 
     def __call__(
         self,
@@ -192,59 +192,39 @@ class DitBlock:
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         condition: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One step of the packed sequence [S, width].
+    ) -> tuple[Tensor, Tensor]:
+        """Take the packed sequence `tokens` [S, width] one block on, in place.
 
-        `modulation` [6, 2, width] holds (image, text) rows; `rope` tables cover all image rows; `condition` is a pair
-        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns the
-        tokens and this block's own keys and values [heads, S, head_dim].
+        `modulation` [6, 2, width] holds (image, text) rows; `rope` are the tables of one image; `condition` is a pair
+        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns this
+        block's own keys and values [heads, S, head_dim].
         """
-        states = _modulated(_norm(tokens), packing, modulation[_ATTENTION_SHIFT], modulation[_ATTENTION_SCALE])
-        states, keys_values = self._attend(states, packing, rope, condition)
-        tokens = _gated(tokens, states, packing, modulation[_ATTENTION_GATE])
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        images = packing.image_rows
+        qkv = self._qkv(self._qkv.rows_of_norm(tokens, shift, scale, EPS, images))
+        qkv = qkv.view(-1, 3, self._config.num_heads, self._config.head_dim)
+        ops.qk_norm_rope(qkv, *rope, EPS, images)
+        query, key, value = qkv.permute(1, 2, 0, 3)  # [heads, S, head_dim] each
+        attended = _attend(query, key, value, packing, condition)
+        self._out.add_gated(tokens, self._out.rows_of(*attended), gate, images)
 
-        states = _modulated(_norm(tokens), packing, modulation[_MLP_SHIFT], modulation[_MLP_SCALE])
-        states = self._linear("mlp_out")(F.gelu(self._linear("mlp_in")(states), approximate="tanh"))
-        return _gated(tokens, states, packing, modulation[_MLP_GATE]), keys_values
-
-    def _attend(
-        self,
-        states: Tensor,
-        packing: Packing,
-        rope: tuple[Tensor, Tensor],
-        condition: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        heads, head_dim = self._config.num_heads, self._config.head_dim
-        qkv = self._linear("qkv")(states).view(-1, 3, heads, head_dim).permute(1, 2, 0, 3)  # [3, heads, S, head_dim]
-        query, key, value = qkv[0], qkv[1], qkv[2]
-        query, key = _norm(query), _norm(key)
-        rows = packing.image_rows
-        query[:, rows] = ops.apply_rope(query[:, rows], *rope)
-        key[:, rows] = ops.apply_rope(key[:, rows], *rope)
-        attended = []
-        for index, part in enumerate(packing.passes):
-            keys, values = key[:, part], value[:, part]
-            if condition is not None and index == 0:
-                keys = torch.cat((condition[0], keys), dim=1)
-                values = torch.cat((condition[1], values), dim=1)
-            attended.append(ops.attention(query[:, part], keys, values))
-        states = torch.cat(attended, dim=1).transpose(0, 1).reshape(-1, heads * head_dim)
-        return self._linear("out")(states), (key, value)
+        hidden = self._mlp_in(self._mlp_in.rows_of_norm(tokens, mlp_shift, mlp_scale, EPS, images), gelu=True)
+        self._mlp_out.add_gated(tokens, self._mlp_out.rows_of(hidden), mlp_gate, images)
+        return key, value
 
 
-def _modulated(states: Tensor, packing: Packing, shift: Tensor, scale: Tensor) -> Tensor:
-    """states * (1 + scale) + shift, row 0 of shift and scale for image tokens and row 1 for text tokens. In place."""
-    for rows, kind in ((packing.image_rows, 0), *((rows, 1) for rows in packing.text_rows)):
-        states[rows] = states[rows] * (1 + scale[kind]) + shift[kind]
-    return states
-
-
-def _gated(tokens: Tensor, states: Tensor, packing: Packing, gate: Tensor) -> Tensor:
-    """tokens + states * gate, row 0 of gate for image tokens and row 1 for text tokens."""
-    updated = torch.empty_like(tokens)
-    for rows, kind in ((packing.image_rows, 0), *((rows, 1) for rows in packing.text_rows)):
-        updated[rows] = tokens[rows] + states[rows] * gate[kind]
-    return updated
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, condition: tuple[Tensor, Tensor] | None
+) -> list[Tensor]:
+    """Attention of each pass over itself, the conditional one over the source pictures too: [rows, width] each."""
+    attended = []
+    for index, part in enumerate(packing.passes):
+        keys, values = key[:, part], value[:, part]
+        if condition is not None and index == 0:
+            keys = torch.cat((condition[0], keys), dim=1)
+            values = torch.cat((condition[1], values), dim=1)
+        attended.append(ops.attention(query[:, part], keys, values).transpose(0, 1).flatten(1))
+    return attended
 
 
 def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> list[Tensor]:
@@ -283,17 +263,15 @@ def predict(
     _, height, width = latents.shape
     image = stem.image(latents)
     parts = [given.cond_text, image + given.cond_prior]
-    rope = given.rope
     uncond_text = None
     if given.uncond_text is not None and given.uncond_prior is not None:
         parts += [image + given.uncond_prior, given.uncond_text]
-        rope = (rope[0].repeat(2, 1), rope[1].repeat(2, 1))
         uncond_text = given.uncond_text.shape[0]
     packing = Packing(given.cond_text.shape[0], image.shape[0], uncond_text)
     tokens = torch.cat(parts)
     for index, block in enumerate(blocks):
         condition = given.condition[index] if given.condition is not None else None
-        tokens, _ = block(tokens, packing, given.modulation[index][step], rope, condition)
+        block(tokens, packing, given.modulation[index][step], given.rope, condition)
     images = tokens[packing.image_rows].split(image.shape[0])
     velocities = [stem.velocity(image, given.final_modulation[step], height, width) for image in images]
     return velocities[0], velocities[1] if len(velocities) == 2 else None
@@ -316,6 +294,6 @@ def condition_keys_values(
     packing = Packing(0, tokens.shape[0], None)
     found = []
     for index, block in enumerate(blocks):
-        tokens, (keys, values) = block(tokens, packing, modulation[index][0], rope, None)
-        found.append((keys, values.contiguous()))
+        keys, values = block(tokens, packing, modulation[index][0], rope, None)
+        found.append((keys.contiguous(), values.contiguous()))  # out of the queries' company
     return found

@@ -12,19 +12,47 @@ from torch import Tensor
 from .. import device as devices
 from ..errors import InputError
 from . import torch_int4
-from .reference import apply_rope, dequantize_int4, dequantize_int8, linear_int4, linear_int8, rms_norm, rotate
+from .dit_block import (
+    add_gated_int8_rows,
+    int8_rows,
+    linear_int8_rows,
+    modulated_norm_int8,
+    qk_norm_rope,
+    takes_int8_rows,
+)
+from .reference import (
+    Int8Rows,
+    add_gated,
+    apply_rope,
+    dequantize_int4,
+    dequantize_int8,
+    linear_int4,
+    linear_int8,
+    modulated_norm,
+    rms_norm,
+    rotate,
+)
 from .reference import attention as _attention
 
 __all__ = [
+    "Int8Rows",
+    "add_gated",
+    "add_gated_int8_rows",
     "apply_rope",
     "attention",
     "dequantize_int4",
     "dequantize_int8",
+    "int8_rows",
     "kernels",
     "linear_int4",
     "linear_int8",
+    "linear_int8_rows",
+    "modulated_norm",
+    "modulated_norm_int8",
+    "qk_norm_rope",
     "rms_norm",
     "rotate",
+    "takes_int8_rows",
     "torch_int4",
 ]
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
+_MAX_LEVEL = 127
+_EXACT_TERMS = 1024  # 1024 * 127^2 < 2^24
+_LEAST_ROW = 1e-30  # a row of zeros has a scale too
 
 
 def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -99,3 +103,63 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned.to(x.dtype), rest), dim=-1) if rest.shape[-1] else turned.to(x.dtype)
+
+
+# A block of the diffusion transformer. Its tokens are of two kinds: the rows `image_rows`, and text rows around them.
+
+
+class Int8Rows(NamedTuple):
+    """Activations as a W8A8 product takes them: x = levels * scale, int8 [M, K] and float32 [M], rotated as the weights
+    are."""
+
+    levels: Tensor
+    scale: Tensor
+
+
+def _kinds(image_rows: slice) -> tuple[tuple[slice, int], ...]:
+    """Runs of rows, each with its row of a modulation [2, width]: 0 for image tokens, 1 for text tokens."""
+    return (image_rows, 0), (slice(0, image_rows.start), 1), (slice(image_rows.stop, None), 1)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, image_rows: slice) -> Tensor:
+    """LayerNorm (no affine) of x [M, K], times 1 + scale, plus shift; both [2, K], by kind of row."""
+    states = F.layer_norm(x, x.shape[-1:], eps=eps)
+    for rows, kind in _kinds(image_rows):
+        states[rows] = states[rows] * (1 + scale[kind]) + shift[kind]
+    return states
+
+
+def add_gated(tokens: Tensor, y: Tensor, gate: Tensor, image_rows: slice) -> None:
+    """tokens [M, K] += y * gate, gate [2, K] by kind of row."""
+    for rows, kind in _kinds(image_rows):
+        tokens[rows] += y[rows] * gate[kind]
+
+
+def qk_norm_rope(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, image_rows: slice) -> None:
+    """LayerNorm (no affine) and, in `image_rows`, rotary embedding of the queries and keys in qkv [M, 3, heads, d], in
+    place.
+
+    cos and sin are float32 [N, d]; they start again after every N image rows.
+    """
+    normed = F.layer_norm(qkv[:, :2], qkv.shape[-1:], eps=eps)
+    turned = normed[image_rows].unflatten(0, (-1, cos.shape[0]))  # [images, N, 2, heads, d]
+    normed[image_rows] = apply_rope(turned, cos[:, None, None], sin[:, None, None]).flatten(0, 1)
+    qkv[:, :2] = normed
+
+
+def int8_rows(x: Tensor, rotation: int) -> Int8Rows:
+    """Rotate x [M, K] (0: not) and quantise each row with one symmetric scale."""
+    work = rotate(x.float(), rotation) if rotation else x.float()
+    scale = work.abs().amax(-1).clamp_min(_LEAST_ROW) / _MAX_LEVEL
+    return Int8Rows((work / scale[:, None]).round().to(torch.int8), scale)
+
+
+def linear_int8_rows(x: Int8Rows, q: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """x [M, K] times the transposed matrix of q int8 [N, K] and scale float32 [N], plus bias: float32 [M, N].
+
+    The sums are exact: float32 holds those of `_EXACT_TERMS` products, int32 those of all.
+    """
+    sums = torch.zeros(x.levels.shape[0], q.shape[0], dtype=torch.int32, device=q.device)
+    for left, right in zip(x.levels.split(_EXACT_TERMS, 1), q.split(_EXACT_TERMS, 1), strict=True):
+        sums += (left.float() @ right.float().T).to(torch.int32)
+    return sums * x.scale[:, None] * scale + bias.float()

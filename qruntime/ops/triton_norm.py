@@ -70,9 +70,7 @@ def _norm_quantize_kernel(
     kind = tl.where((row >= image_start) & (row < image_stop), 0, width)
     row_scale = tl.load(scale + kind + columns, inside, 0).to(tl.float32)
     row_shift = tl.load(shift + kind + columns, inside, 0).to(tl.float32)
-    _store_quantized(
-        normed * (1 + row_scale) + row_shift, q, q_scale, row, columns, inside, width, SIZE, ROTATION
-    )
+    _store_quantized(normed * (1 + row_scale) + row_shift, q, q_scale, row, columns, inside, width, SIZE, ROTATION)
 
 
 @triton.jit(do_not_specialize=["image_start", "image_stop", "tokens"])

@@ -108,13 +108,8 @@ def test_a_transformer_block(record_property: Record) -> None:
     (table,) = dit.adaln_table([adaln], embedding)
     rope = dit.rope_tables(config, rows, columns, CPU)
     packing = dit.Packing(cond_length, cells, uncond_length)
-    tokens, _ = block(
-        torch.cat((cond_text, image, image, uncond_text)),
-        packing,
-        table[0],
-        (rope[0].repeat(2, 1), rope[1].repeat(2, 1)),
-        None,
-    )
+    tokens = torch.cat((cond_text, image, image, uncond_text))
+    block(tokens, packing, table[0], rope, None)
     found = tokens.split((cond_length, cells, cells, uncond_length))
     pairs = ((0, wanted[0][1]), (1, wanted[0][0]), (2, wanted[1][0]), (3, wanted[1][1]))
     largest = max(difference(found[index], expected[0]) for index, expected in pairs)
