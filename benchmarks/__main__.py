@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | compare | report`: measure, compare two results files, make tables and charts of them.
+"""`python -m benchmarks run | merge | compare | report`: measure; join, compare and show results files.
 
 The last line on stdout is one JSON line; everything for people goes to stderr. Exit codes: 0 done, 1 a regression or
 nothing could be measured, 2 wrong input.
@@ -24,7 +24,7 @@ from qruntime.errors import InputError, QruntimeError
 
 from . import compare, resultfile
 from .arms import ARMS, OURS, RECIPES
-from .cases import CONVERT, KERNELS, STEPS, SUITES, Case, build, shortened
+from .cases import COMPONENTS, CONVERT, KERNELS, STEPS, SUITES, TEXT, Case, build, shortened
 from .measure import evict, git_commit
 from .models import FULL, TINY, Models
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="measure, and write or extend a results file")
-    run.add_argument("--suite", default="quick", help=f"{', '.join(SUITES)} (%(default)s)")
+    run.add_argument("--suite", nargs="+", default=["quick"], help=f"some of {', '.join(SUITES)} (quick)")
     run.add_argument("--arms", nargs="+", choices=ARMS, default=["reference", OURS], help="(reference qruntime)")
     run.add_argument("--recipes", nargs="+", default=["balanced"], help="of qruntime (balanced)")
     run.add_argument("--budgets", nargs="+", default=["auto"], metavar="GB", help="of qruntime (auto)")
@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--commit", help="noted in the results (what git says)")
     run.add_argument("--out", type=Path, default=Path("build/bench/results.json"), help="extended (%(default)s)")
     run.set_defaults(run=_run)
+    merge = commands.add_parser("merge", help="make one file of several, of one kind of machine and one commit")
+    merge.add_argument("files", nargs="+", type=Path, help="a row in several of them is the last one's")
+    merge.add_argument("--out", type=Path, required=True)
+    merge.set_defaults(run=_merge)
     against = commands.add_parser("compare", help="exit with 1 and name what got slower or larger")
     against.add_argument("old", type=Path)
     against.add_argument("new", type=Path)
@@ -91,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("build/bench/report"), help="folder (%(default)s)")
     report.set_defaults(run=_report)
     return parser
+
+
+def _merge(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    whole: dict[str, Any] | None = None
+    for each in map(resultfile.load, args.files):
+        whole = resultfile.merged(whole, each["machine"], each["ceilings"], each["rows"])
+    resultfile.save(args.out, whole or {})
+    return 0, {"out": str(args.out), "rows": len((whole or {})["rows"])}
 
 
 def _compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
@@ -115,7 +127,7 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     tiny = model == TINY
     steps = args.steps or (TINY_STEPS if tiny else STEPS)
     sizes = args.sizes or ([TINY_SIZE] if tiny else [])
-    cases = build(args.suite, sizes, steps)
+    cases = list(dict.fromkeys(case for suite in args.suite for case in build(suite, sizes, steps)))
     entries = [
         Entry(arm, recipe, budget)
         for arm in args.arms
@@ -123,6 +135,7 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         for budget in (map(_budget, args.budgets) if arm == OURS else [None])
     ]
     suite = _Suite(args, Models(model, args.work, _say), args.commit or git_commit())
+    fresh = not args.out.exists()
     suite.measure_ceilings()
     for number in range(max(args.rounds, 1)):
         for entry in entries:
@@ -133,7 +146,8 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             suite.measure(entry, [case for case in suited if case.kind != CONVERT], number)
             if not number:
                 suite.measure(entry, [case for case in suited if case.kind == CONVERT], number)
-    suite.measure_ceilings()  # again: the higher ones count, and a machine may have been busy
+    if fresh:  # again: the highest ones count, and a machine may have been busy; every later command adds its own
+        suite.measure_ceilings()
     found = resultfile.load(args.out)
     mine = [row for row in found["rows"] if resultfile.key(row) in suite.keys]
     answer = {
@@ -145,11 +159,14 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _cases_for(entry: Entry, first: bool, cases: list[Case], whole: Sequence[str]) -> list[Case]:
-    """The cases that an arm is measured on: products and conversions are ours, once a recipe; slow arms are brief."""
+    """The cases that an arm is measured on: products and conversions are ours, once a recipe; slow arms are brief, and
+    what a picture was put together from is their components."""
     if not entry.slow:
         return [case for case in cases if first or case.picture]
     suited = [case for case in cases if case.kind not in (KERNELS, CONVERT)]
-    return [case if f"{case.width}x{case.height}" in whole else shortened(case) for case in suited]
+    suited = [case if case.size in whole else shortened(case) for case in suited]
+    taken_apart = {case.size for case in suited if case.kind == TEXT and case.brief}
+    return [case for case in suited if case.kind != COMPONENTS or case.size not in taken_apart]
 
 
 def _budget(text: str) -> float | None:
@@ -214,11 +231,12 @@ class _Suite:
         """
         converts = any(case.kind == CONVERT for case in left.values())
         folder = self._models.folder("reference" if converts else entry.arm, entry.recipe, with_weights=converts)
-        cold = cold and any(folder.rglob("*.safetensors")) and evict(folder)
+        has_weights = any(folder.rglob("*.safetensors"))
+        cold = cold and has_weights and evict(folder)
         with tempfile.TemporaryDirectory(dir=self._models.work) as scratch:
             job = {**asdict(entry), "folder": str(folder.resolve()), "scratch": scratch}
             for event in self._events({**job, "cases": {index: asdict(case) for index, case in left.items()}}):
-                if event["event"] == "load":
+                if event["event"] == "load" and has_weights:  # a model that initialises itself loads nothing
                     self._add(
                         {
                             **_row_of(entry, f"load, {'cold' if cold else 'warm'}"),

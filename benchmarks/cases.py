@@ -17,7 +17,7 @@ from qruntime.request import GenerateRequest
 
 STEPS = 50
 PROMPT_TOKENS = 1000  # as in the figures that the model's authors published
-KERNELS, COMPONENTS, CONVERT = "kernels", "components", "convert"
+TEXT, KERNELS, COMPONENTS, CONVERT = "text", "kernels", "components", "convert"
 BRIEF_TOKENS, BRIEF_STEPS = 128, 5  # what a brief case times
 
 
@@ -39,10 +39,9 @@ class Case:
         """What the case is called in results, the same for every arm."""
         if self.kind == CONVERT:
             return CONVERT
-        size = f"{self.width}x{self.height}"
         if self.kind in (KERNELS, COMPONENTS):
-            return f"{self.kind} {size}"
-        text = f"{'edit' if self.sources else 'text-to-image'} {size}"
+            return f"{self.kind} {self.size}"
+        text = f"{'edit' if self.sources else 'text-to-image'} {self.size}"
         if self.sources > 1:
             text += f", {self.sources} sources"
         if self.pictures > 1:
@@ -50,6 +49,10 @@ class Case:
         if self.prompt_tokens != PROMPT_TOKENS:
             text += f", prompt of {self.prompt_tokens} tokens"
         return text
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
 
     @property
     def picture(self) -> bool:
@@ -77,7 +80,7 @@ class Case:
 _LARGE = ("512x512", "1024x1024", "2048x2048")
 _USUAL = ("1024x1024",)
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[dict[str, int], ...]]] = {
-    "text": ((*_LARGE, "1024x2048"), ({},)),
+    TEXT: ((*_LARGE, "1024x2048"), ({},)),
     "edit": (_USUAL, ({"sources": 1}, {"sources": 2})),
     "batch": (_USUAL, ({"pictures": 4},)),
     "prompts": (_USUAL, ({"prompt_tokens": 100},)),
@@ -86,7 +89,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[dict[str, int], ...]]] = {
     CONVERT: (_USUAL, ({},)),
 }
 SUITES: dict[str, tuple[str, ...]] = {
-    "quick": ("text", COMPONENTS, KERNELS),
+    "quick": (TEXT, COMPONENTS, KERNELS),
     "full": tuple(_KINDS),
     **{kind: (kind,) for kind in _KINDS},
 }

@@ -227,7 +227,8 @@ def _nvidia_smi(field_name: str) -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, f"--query-gpu={field_name}", "--format=csv,noheader,nounits", "--id=0"]
+    which = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"  # the tool itself sees them all
+    query = [tool, f"--query-gpu={field_name}", "--format=csv,noheader,nounits", f"--id={which}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -277,8 +278,9 @@ def git_commit() -> str:
 
 
 def evict(folder: Path) -> bool:
-    """Drop a folder's files from the page cache, so that the next load is a cold one. Whether that could be asked."""
-    if not hasattr(os, "posix_fadvise"):
+    """Drop a folder's files from the page cache, so that the next load is a cold one. Whether that could be done: files
+    in a file system of memory have nowhere to go."""
+    if sys.platform != "linux" or _file_system(folder) in ("tmpfs", "ramfs"):
         return False
     for path in folder.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -287,7 +289,14 @@ def evict(folder: Path) -> bool:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-    return sys.platform == "linux"
+    return True
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that a folder lies in (Linux)."""
+    mounts = (line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+    found = [(len(at), kind) for at, kind in mounts if folder.resolve().is_relative_to(at)]
+    return max(found)[1]
 
 
 def middle(values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from convert.recipe import RECIPES
 from convert.run import with_schemes
 from qruntime import device as devices
-from qruntime.checkpoint.manifest import FileRecord, record_file, write_manifest
+from qruntime.checkpoint.manifest import record_file, write_manifest
 from qruntime.checkpoint.synthetic import (
     configs,
     random_tensor,
@@ -73,7 +74,7 @@ def write_converted(
     files = configs(full_size)
     write_small_files(folder, files)
     generator = torch.Generator(device or "cpu").manual_seed(seed)
-    recorded: dict[str, FileRecord] = {}
+    written = []
     for name, specs in read_specs(files).items():
         announce(f"writing {name}")
         (folder / name).mkdir(exist_ok=True)
@@ -82,18 +83,18 @@ def write_converted(
             with open_shard(folder / name, shard) as file:
                 for placed in shard.blocks:
                     write_at(file, placed.offset, random_block(placed.spec, placed.layout, generator))
-            recorded[f"{name}/{shard.name}"] = record_file(folder / name / shard.name)
+            written.append(folder / name / shard.name)
         (folder / name / "config.json").write_bytes(with_schemes(files[f"{name}/config.json"], schemes))
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
-            recorded[path.relative_to(folder).as_posix()] = record_file(path)
+    written += [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    with ThreadPoolExecutor() as pool:  # hashing takes as long as writing
+        records = dict(zip(written, pool.map(record_file, written), strict=True))
     write_manifest(
         folder,
         source_name="random",
         source_sha256="0" * 64,  # there was no source
         recipe=recipe,
         environment={"torch": torch.__version__, "made by": "benchmarks.synthetic"},
-        files=recorded,
+        files={path.relative_to(folder).as_posix(): record for path, record in records.items()},
     )
     return folder
 

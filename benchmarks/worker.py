@@ -30,8 +30,8 @@ from qruntime.models.config import ArConfig
 from qruntime.prompt import PromptTokenizer
 
 from . import kernels
-from .arms import FLOOR_RECIPES, Arm, Inputs, Stage, component_rows, open_arm
-from .cases import COMPONENTS, CONVERT, KERNELS, Case, prompt_of, source_pictures
+from .arms import FLOOR_RECIPES, Arm, Inputs, Parts, Stage, component_rows, open_arm
+from .cases import COMPONENTS, CONVERT, KERNELS, TEXT, Case, prompt_of, source_pictures
 from .measure import POLL_S, MemoryWatch, Watched, ceilings, driver_used_bytes, machine, resident_bytes, stopwatch
 from .roofline import Extent, Roofline, Work, as_json
 
@@ -70,9 +70,12 @@ class Worker:
         inputs = Inputs(case, prompt, tuple(source_pictures(case)), self._tokenizer)
         self._loaded.warm(inputs)
         if case.kind == COMPONENTS:
-            yield from self._components(inputs, extent)
+            _reset_peaks(self.device)
+            with self._watch.watching() as memory:
+                parts = self._loaded.parts(inputs)
+            yield from self._components(parts, inputs, extent, memory)
         else:
-            yield self._picture(inputs, extent)
+            yield from self._picture(inputs, extent)
 
     @property
     def _loaded(self) -> Arm:
@@ -80,13 +83,13 @@ class Worker:
             raise RuntimeError("a case ran before its arm was loaded")
         return self._arm
 
-    def _picture(self, inputs: Inputs, extent: Extent) -> Row:
+    def _picture(self, inputs: Inputs, extent: Extent) -> Iterator[Row]:
         case = inputs.case
         _reset_peaks(self.device)
         with self._watch.watching() as memory, stopwatch(self.device) as wall:
             drawn = self._loaded.draw(inputs)
         seconds = {name: stage.seconds for name, stage in drawn.stages.items()}
-        extrapolated = drawn.facts.get("extrapolated", False)
+        extrapolated = drawn.parts is not None
         row: Row = {
             "case": case.name,
             "recipe": self._job["recipe"],
@@ -102,21 +105,19 @@ class Worker:
         }
         for key, stage in (("ms_per_token", "draft"), ("ms_per_step", "denoise")):
             row["samples"][key] = [1e3 * seconds[stage] / drawn.stages[stage].units]
-        return row
+        yield row
+        if drawn.parts is not None and case.kind == TEXT:
+            yield from self._components(drawn.parts, inputs, extent, memory)
 
-    def _components(self, inputs: Inputs, extent: Extent) -> Iterator[Row]:
+    def _components(self, parts: Parts, inputs: Inputs, extent: Extent, memory: Watched) -> Iterator[Row]:
         case, roofline = inputs.case, self._roofline
-        _reset_peaks(self.device)
-        with self._watch.watching() as memory:
-            parts = self._loaded.parts(inputs)
         works: tuple[Work, ...] = (
             roofline.prefill(extent.prompt),
             roofline.token(extent.prompt + extent.drafted // 2),
             roofline.dit_step(extent),
             roofline.vae("decoder", extent.latents),
         )
-        size = f"{case.width}x{case.height}"
-        for (name, seconds), work in zip(component_rows(parts, size).items(), works, strict=True):
+        for (name, seconds), work in zip(component_rows(parts, case.size).items(), works, strict=True):
             yield {
                 "case": name,
                 "recipe": self._job["recipe"],

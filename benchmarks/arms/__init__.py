@@ -54,10 +54,12 @@ class Stage:
 
 @dataclass
 class Drawn:
-    """A picture's stages, and whatever else the arm knows of it (its plan, what was predicted, a digest)."""
+    """A picture's stages, and whatever else the arm knows of it (its plan, what was predicted, a digest); what it was
+    put together from, where it was not drawn whole."""
 
     stages: dict[str, Stage]
     facts: dict[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Parts:
                 "denoise": Stage(denoise, case.pictures * case.steps),
                 "decode": Stage(case.pictures * middle(self.decode), case.pictures),
             },
-            {"extrapolated": True},
+            parts=self,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def make(folder: Path, device: torch.device, dtype: torch.dtype, budget_gb: floa
     return Ours(folder, device, dtype, budget_gb)
 
 
-class _Drafted(Exception):
-    """Ends a call once its draft is done."""
+class _Enough(Exception):
+    """Ends a call that has gone as far as it is wanted."""
 
 
 class Ours:
@@ -58,6 +59,7 @@ class Ours:
         return max(first[0] - again[0], 0.0)
 
     def warm(self, inputs: Inputs) -> None:
+        self._until(inputs, lambda progress: progress.stage == "draft" and progress.done > 0)
         self._call(inputs, num_inference_steps=2, prior_token_ids=self._codes(inputs))
 
     def draw(self, inputs: Inputs) -> Drawn:
@@ -105,14 +107,22 @@ class Ours:
         """Codes and seconds of the draft stage alone, for a picture of this size."""
         seen: dict[str, tuple[int, float]] = {}
 
-        def watch(progress: Progress) -> None:
+        def drafted(progress: Progress) -> bool:
             seen.setdefault(progress.stage, (progress.total, progress.elapsed_s))
-            if progress.stage == "denoise":
-                raise _Drafted
+            return progress.stage == "denoise"
 
-        with contextlib.suppress(_Drafted):
-            self._call(inputs, height=height, width=width, progress=watch)
+        self._until(inputs, drafted, height=height, width=width)
         return seen["draft"][0], seen["denoise"][1] - seen["draft"][1]
+
+    def _until(self, inputs: Inputs, enough: Callable[[Progress], bool], **more: Any) -> None:
+        """A call that ends as soon as a report of its progress is enough."""
+
+        def watch(progress: Progress) -> None:
+            if enough(progress):
+                raise _Enough
+
+        with contextlib.suppress(_Enough):
+            self._call(inputs, progress=watch, **more)
 
     def _codes(self, inputs: Inputs) -> torch.Tensor:
         case, codebook = inputs.case, self._pipe.checkpoint.dit.codebook_size

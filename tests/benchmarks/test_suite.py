@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +19,12 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import measure, resultfile
-from benchmarks.arms import ARMS, OURS, Inputs, Parts, open_arm
+from benchmarks.arms import ARMS, OURS, Drawn, Inputs, Parts, open_arm
 from benchmarks.cases import SUITES, Case, build, prompt_of, shortened, source_pictures
 from benchmarks.models import Models
 from benchmarks.roofline import BF16, COPY, INT8
 from benchmarks.synthetic import write_configs, write_converted
-from benchmarks.worker import prompt_tokenizer
+from benchmarks.worker import Worker, prompt_tokenizer
 from qruntime.errors import InputError
 from qruntime.media import fit_source
 
@@ -134,6 +135,20 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert resultfile.load(tmp_path / "new" / "a.json") == results
 
 
+def test_files_of_two_gpus_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, row, copied in (("a", run(1.0, arm="reference"), 2e12), ("b", run(2.0), 3e12)):
+        machine = {**MACHINE, "command": [name]}
+        resultfile.save(
+            tmp_path / f"{name}.json", resultfile.merged(None, machine, {COPY: copied}, [resultfile.combined([row])])
+        )
+    out = tmp_path / "both.json"
+    assert command.main(["merge", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 2
+    both = resultfile.load(out)
+    assert [(row["arm"], row["seconds"]) for row in both["rows"]] == [("reference", 1.0), (OURS, 2.0)]
+    assert (both["ceilings"], both["machine"]["command"]) == ({COPY: 3e12}, ["a", "b"])
+
+
 # Measuring
 
 
@@ -183,6 +198,32 @@ def test_a_thinned_trace_keeps_its_peak() -> None:
     assert measure.thinned(trace[:50]) == trace[:50]
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system of memory")
+def test_files_in_memory_are_never_loaded_cold() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert not measure.evict(Path(folder))
+
+
+@pytest.mark.parametrize(("visible", "which"), [(None, "0"), ("", "0"), ("1", "1"), ("GPU-5a,GPU-7b", "GPU-5a")])
+def test_the_driver_is_asked_of_the_gpu_in_use(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, which: str
+) -> None:
+    """Its tool shows every GPU of the machine, whatever a process was given."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(measure.shutil, "which", lambda name: name)
+    asked: list[list[str]] = []
+
+    def answer(query: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(query)
+        return subprocess.CompletedProcess(query, 0, stdout="17\n")
+
+    monkeypatch.setattr(measure.subprocess, "run", answer)
+    assert measure.driver_used_bytes() == 17 * 2**20
+    assert f"--id={which}" in asked[0]
+
+
 def test_ceilings_are_rates_that_a_machine_can_have() -> None:
     found = measure.ceilings(CPU, torch.float32)
     assert 1e8 < found[COPY] < 1e13
@@ -199,10 +240,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(Case("text", 128, 64, steps=4, prompt_tokens=200), prompt_of(200, tokenizer), (), tokenizer)
 
 
-def test_ours_is_measured_as_it_draws(inputs: Inputs, tmp_path: Path) -> None:
-    arm = open_arm(OURS, write_converted(tmp_path / "made", "balanced", full_size=False), CPU, torch.float32, None)
+def test_ours_is_measured_as_it_draws(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm: Any = open_arm(OURS, write_converted(tmp_path / "made", "balanced", full_size=False), CPU, torch.float32, None)
     assert arm.load() >= 0
+    calls: list[dict[str, Any]] = []
+    call = arm._call
+    monkeypatch.setattr(arm, "_call", lambda given, **more: (calls.append(more), call(given, **more))[1])
     arm.warm(inputs)
+    assert [("prior_token_ids" in more) for more in calls] == [False, True]  # the draft's part of warming up, too
     drawn = arm.draw(inputs)
     units = {name: stage.units for name, stage in drawn.stages.items()}
     assert units == {"encode": 1, "draft": inputs.case.draft_tokens, "denoise": 4, "decode": 1}
@@ -243,10 +288,35 @@ def test_the_reference_drafts_codes_alone_to_the_end(inputs: Inputs, tmp_path: P
     for sources in (0, 2):
         case = shortened(replace(inputs.case, width=128, height=128, sources=sources))
         brief = arm.draw(Inputs(case, inputs.prompt, tuple(source_pictures(case)), inputs.tokenizer))
-        assert brief.facts["extrapolated"]
+        assert brief.parts is not None
         assert {name: stage.units for name, stage in brief.stages.items()} == {
             "encode": 1, "draft": case.draft_tokens + 1, "denoise": 4, "decode": 1
         }  # fmt: skip
+
+
+class Stub:
+    """An arm that answers in no time."""
+
+    plan = None
+    found = Parts(encode=[0.5], prefill=[2.0], token=[0.1], setup=[1.0], step=[0.2, 0.3, 0.1], decode=[0.4])
+
+    def warm(self, inputs: Inputs) -> None: ...
+
+    def draw(self, inputs: Inputs) -> Drawn:
+        return self.found.drawn(inputs.case, 101)
+
+
+def test_what_a_picture_was_put_together_from_is_told_too(tmp_path: Path) -> None:
+    folder = write_configs(tmp_path / "made", full_size=False)
+    job = {"folder": str(folder), "device": "cpu", "recipe": "none", "arm": "reference", "budget_gb": None}
+    worker = Worker(job, 0)
+    worker._arm = Stub()
+    for kind, parts in (("text", 4), ("batch", 0)):
+        whole, *rest = worker.rows(shortened(Case(kind, 128, 64, prompt_tokens=30)))
+        assert whole["extrapolated"]
+        assert whole["samples"]["seconds"] == [pytest.approx(0.5 + 2.0 + 100 * 0.1 + 1.0 + 50 * 0.2 + 0.4)]
+        assert len(rest) == parts
+    assert worker.device == CPU
 
 
 def test_every_arm_has_a_module() -> None:
@@ -310,6 +380,7 @@ def test_slow_arms_are_brief_where_no_whole_picture_is_asked() -> None:
     assert {case.kind for case in slow}.isdisjoint({"kernels", "convert"})
     ours = command._cases_for(command.Entry(OURS, "balanced", None), True, cases, [])
     assert ours == cases
+    assert [case.size for case in slow if case.kind == "components"] == ["512x512"]  # the others are taken apart anyway
     within = command._cases_for(command.Entry(OURS, "balanced", 8.0), False, cases, [])
     assert all(case.picture for case in within)
 
