@@ -49,7 +49,8 @@ def int8_rows(parts: Sequence[Tensor], rotation: int) -> Int8Rows:
 
 def qk_norm_rope(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, image_rows: slice) -> None:
     """As `reference.qk_norm_rope`."""
-    if not backend.uses_triton(qkv.device, qkv.dtype):
+    head_dim = qkv.shape[-1]
+    if not backend.uses_triton(qkv.device, qkv.dtype) or head_dim & (head_dim - 1):  # Triton's blocks: powers of two
         reference.qk_norm_rope(qkv, cos, sin, eps, image_rows)
         return
     from . import triton_norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ pytest.importorskip("diffusers", reason="the extra `reference` is not installed"
 import torch
 from torch import Tensor
 
+from qruntime import ops
 from qruntime.models import dit
+from qruntime.ops import backend
 
 from ..oracle import reference_dit, reference_pixels, reference_vae_encode, reference_vq_codes, upsample_codes
 from ..tiny import VARIANTS, source_picture
@@ -154,3 +157,34 @@ def test_every_tensor_is_read_and_matters(reference: Callable[..., Any], runtime
         return changed.predictions(latents, glyphs, None, ids, 499)[0]
 
     assert not tensors_without_effect(ours, names, answer, wanted)
+
+
+@pytest.mark.parametrize("sources", [0, 1])
+def test_int8_products_through_the_kernels(
+    quantised: Callable[..., Path],
+    conditions: Callable[[str, int], Conditions],
+    monkeypatch: pytest.MonkeyPatch,
+    sources: int,
+) -> None:
+    """Rotated int8 weights times int8 activations, in Triton's interpreter: as near to products of floats as plain
+    torch comes with the same arithmetic."""
+    pytest.importorskip("triton", reason="Triton is for Linux alone")
+    latents, cond_glyphs, ids = inputs("base", 3, 5, 11)
+    uncond_glyphs = inputs("base", 3, 5, 1, seed=1)[1]
+    seen = conditions("base", sources)
+
+    def answer() -> Tensor:
+        ours = Runtime.open(quantised("base"))
+        found = ours.predictions(latents, cond_glyphs, uncond_glyphs, ids, 499, conditions=seen)
+        assert found[1] is not None
+        return torch.cat((found[0], found[1]))
+
+    floats = answer()
+    monkeypatch.setattr(ops, "takes_int8_rows", lambda device, dtype: True)
+    plain = answer()
+    monkeypatch.setattr(backend, "uses_triton", lambda device, dtype: True)
+    kernels = answer()
+    error = float((plain - floats).square().mean().sqrt())
+    assert 1e-4 < error / float(floats.square().mean().sqrt()) < 0.05
+    assert float((kernels - floats).square().mean().sqrt()) <= 1.2 * error
+    assert float((kernels - plain).square().mean().sqrt()) <= 0.5 * error

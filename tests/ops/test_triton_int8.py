@@ -1,0 +1,143 @@
+"""W8A8 products against float64, through every epilogue, over shapes that fill no tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux alone")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qruntime import device as devices
+from qruntime.ops import backend, reference, triton_int8
+from qruntime.ops.triton_int8 import Tiles
+
+DEVICE = devices.resolve_device("auto") if backend.uses_triton(devices.resolve_device("auto")) else torch.device("cpu")
+TILES = (Tiles(16, 32, 32, 4, 2), Tiles(32, 16, 64, 4, 3, descriptors=True))
+tiles = pytest.mark.parametrize("tiles", TILES, ids=("pointers", "descriptors"))
+shapes = pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 64), (16, 32, 128), (33, 47, 192), (50, 16, 320), (45, 70, 72), (31, 129, 48)],  # 72: no whole descriptor
+)
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}  # the interpreter cuts to bf16 where devices round
+dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out uninitialised holds NaN, so that what a kernel left out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+class Operands:
+    """Random operands of a product, and what it is in float64."""
+
+    def __init__(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(m * n * k)
+
+        def levels(rows: int) -> Tensor:
+            return torch.randint(-127, 128, (rows, k), dtype=torch.int8, generator=generator).to(DEVICE)
+
+        def uneven(rows: int) -> Tensor:
+            return ((0.5 + torch.rand(rows, generator=generator)) / (127 * k**0.5)).to(DEVICE)
+
+        self.x, self.x_scale, self.weight, self.weight_scale = levels(m), 127 * uneven(m), levels(n), uneven(n)
+        self.bias = torch.randn(n, generator=generator).to(DEVICE, dtype)
+        self.gate = torch.randn(2, n, generator=generator).to(DEVICE, dtype)
+        self.tokens = torch.randn(m, n, generator=generator).to(DEVICE, dtype)
+        x, weight = (q.double() * scale.double()[:, None] for q, scale in (self.quantised_x, self.quantised_weight))
+        self.product = x @ weight.T + self.bias.double()
+
+    @property
+    def quantised_x(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.x_scale
+
+    @property
+    def quantised_weight(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.weight_scale
+
+    def compute(self, tiles: Tiles, *, gelu: bool = False) -> Tensor:
+        return triton_int8.product(*self.quantised_x, *self.quantised_weight, self.bias, tiles, gelu=gelu)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference in units of what is wanted and of one."""
+    assert torch.isfinite(found).all()
+    return float(((found.double() - wanted).abs() / (1 + wanted.abs())).max())
+
+
+@tiles
+@shapes
+@dtypes
+def test_the_product(tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    operands = Operands(m, n, k, dtype)
+    found = operands.compute(tiles)
+    assert found.dtype == dtype
+    assert error(found, operands.product) <= ROUNDING[dtype]
+
+
+@tiles
+@shapes
+@dtypes
+def test_through_a_gelu(tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    operands = Operands(m, n, k, dtype)
+    wanted = F.gelu(operands.product, approximate="tanh")
+    assert error(operands.compute(tiles, gelu=True), wanted) <= ROUNDING[dtype]
+
+
+@tiles
+@shapes
+@dtypes
+def test_added_through_a_gate(tiles: Tiles, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """Rows of images through one gate and the text before and behind them through the other."""
+    operands = Operands(m, n, k, dtype)
+    for image_rows in (slice(0, m), slice(m // 3, 2 * m // 3), slice(m // 2, m), slice(0, 0)):
+        kind = torch.ones(m, dtype=torch.long, device=DEVICE)
+        kind[image_rows] = 0
+        wanted = operands.tokens.double() + operands.gate.double()[kind] * operands.product
+        found = operands.tokens.clone()
+        triton_int8.product_gated(
+            *operands.quantised_x,
+            *operands.quantised_weight,
+            operands.bias,
+            tiles,
+            gate=operands.gate,
+            residual=found,
+            image_rows=image_rows,
+        )
+        assert error(found, wanted) <= ROUNDING[dtype]
+
+
+def test_tiles_change_no_bit() -> None:
+    """Sums over K are exact, so a shape's tiles may be chosen by its number of rows."""
+    operands = Operands(45, 70, 192, torch.float32)
+    found = [operands.compute(tiles) for tiles in (*TILES, Tiles(64, 64, 128, 4, 2))]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_sums_past_what_float32_holds() -> None:
+    """Levels at their largest, over the widest K of the model: 16384 * 127^2 is over 2^24, and odd sums must stay."""
+    k = 16384
+    x = torch.full((2, k), 127, dtype=torch.int8, device=DEVICE)
+    x[1, 0] = 126
+    ones = torch.ones(2, dtype=torch.float32, device=DEVICE)
+    zero = torch.zeros(2, dtype=torch.float32, device=DEVICE)
+    for found in (
+        triton_int8.product(x, ones, x, ones, zero, Tiles(16, 16, 256, 4, 2)),
+        reference.linear_int8_rows(reference.Int8Rows(x, ones), x, ones, zero),
+    ):
+        assert torch.equal(found.double(), (x.double() @ x.double().T).float().double())
+
+
+def test_every_capability_that_runs_triton_has_tiles() -> None:
+    oldest = triton_int8.tiles_for((8, 0))
+    assert triton_int8.tiles_for((8, 7)) == triton_int8.tiles_for((8, 6))
+    assert triton_int8.tiles_for((99, 9)) == triton_int8.tiles_for((12, 0))
+    assert not oldest.descriptors  # which came with 9.0
