@@ -33,6 +33,7 @@ EPS = 1e-5
 ROPE_THETA = 10000.0
 _EMBEDDING_PERIOD = 10000  # of the sinusoidal embeddings of timestep and size
 CHUNKS = 12  # AdaLN outputs a block: shift, scale, gate of attention, then of the MLP, each for image and text tokens
+_PER_HALF = 3
 
 
 def block_specs(config: DitConfig) -> list[BlockSpec]:
@@ -192,14 +193,25 @@ class DitBlock:
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         condition: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
         """Take the packed sequence `tokens` [S, width] one block on, in place.
 
         `modulation` [6, 2, width] holds (image, text) rows; `rope` are the tables of one image; `condition` is a pair
-        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone. Returns this
-        block's own keys and values [heads, S, head_dim].
+        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        self.attend(tokens, packing, modulation, rope, condition)
+        self.transform(tokens, packing, modulation)
+
+    def attend(
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        condition: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The attention half: returns this block's own keys and values [heads, S, head_dim]."""
+        shift, scale, gate = modulation[:_PER_HALF]
         images = packing.image_rows
         qkv = self._qkv(self._qkv.rows_of_norm(tokens, shift, scale, EPS, images))
         qkv = qkv.view(-1, 3, self._config.num_heads, self._config.head_dim)
@@ -207,10 +219,14 @@ class DitBlock:
         query, key, value = qkv.permute(1, 2, 0, 3)  # [heads, S, head_dim] each
         attended = _attend(query, key, value, packing, condition)
         self._out.add_gated(tokens, self._out.rows_of(*attended), gate, images)
-
-        hidden = self._mlp_in(self._mlp_in.rows_of_norm(tokens, mlp_shift, mlp_scale, EPS, images), gelu=True)
-        self._mlp_out.add_gated(tokens, self._mlp_out.rows_of(hidden), mlp_gate, images)
         return key, value
+
+    def transform(self, tokens: Tensor, packing: Packing, modulation: Tensor) -> None:
+        """The MLP half."""
+        shift, scale, gate = modulation[_PER_HALF:]
+        images = packing.image_rows
+        hidden = self._mlp_in(self._mlp_in.rows_of_norm(tokens, shift, scale, EPS, images), gelu=True)
+        self._mlp_out.add_gated(tokens, self._mlp_out.rows_of(hidden), gate, images)
 
 
 def _attend(
@@ -294,6 +310,7 @@ def condition_keys_values(
     packing = Packing(0, tokens.shape[0], None)
     found = []
     for index, block in enumerate(blocks):
-        keys, values = block(tokens, packing, modulation[index][0], rope, None)
+        keys, values = block.attend(tokens, packing, modulation[index][0], rope, None)
+        block.transform(tokens, packing, modulation[index][0])
         found.append((keys.contiguous(), values.contiguous()))  # out of the queries' company
     return found

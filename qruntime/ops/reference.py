@@ -141,10 +141,11 @@ def qk_norm_rope(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, image_rows: 
 
     cos and sin are float32 [N, d]; they start again after every N image rows.
     """
-    normed = F.layer_norm(qkv[:, :2], qkv.shape[-1:], eps=eps)
-    turned = normed[image_rows].unflatten(0, (-1, cos.shape[0]))  # [images, N, 2, heads, d]
-    normed[image_rows] = apply_rope(turned, cos[:, None, None], sin[:, None, None]).flatten(0, 1)
-    qkv[:, :2] = normed
+    for index in range(2):  # one after the other: float32 copies of both are much memory
+        normed = F.layer_norm(qkv[:, index], qkv.shape[-1:], eps=eps)
+        turned = normed[image_rows].unflatten(0, (-1, cos.shape[0]))  # [images, N, heads, d]
+        normed[image_rows] = apply_rope(turned, cos[:, None], sin[:, None]).flatten(0, 1)
+        qkv[:, index] = normed
 
 
 def int8_rows(x: Tensor, rotation: int) -> Int8Rows:
