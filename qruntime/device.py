@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -210,6 +210,24 @@ class CopyQueue:
         """Block the host until a mark is reached (before its source memory is written again)."""
         if isinstance(mark, torch.cuda.Event):
             mark.synchronize()
+
+
+def capture(device: torch.device, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as one replayable piece: a CUDA graph of what it queues; on other devices `work` itself.
+
+    `work` runs once before, since a capture can compile no kernel. It must read and write the same memory every time.
+    """
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from . import device as devices
 from . import sampling, schedule
 from .checkpoint.hub import locate
 from .checkpoint.reader import Checkpoint
+from .draft import Choice, Order, draft
 from .errors import InputError, QruntimeError
 from .events import Events, Progress
 from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_patches
 from .memory.parts import Parts
 from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, plan
-from .models import ar, dit, vision
+from .models import dit, vision
 from .models.weights import DTYPE_NAMES
 from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
 from .request import MAX_SEED, SIZE_MULTIPLE, GenerateRequest
@@ -346,43 +347,23 @@ class GlmImagePipeline:
                     job.prior_token_ids = _upsample(codes, *job.request.token_grid)
 
     def _draft_codes(self, job: _Job, events: Events) -> Tensor:
-        """The target codes of each picture of a job, [pictures, rows * columns] on the CPU.
-
-        The prompt is run once; every picture continues from its keys and values.
-        """
-        text, prompt, request = self.checkpoint.ar.text, _required(job.prompt), job.request
+        """The target codes of each picture of a job, [pictures, rows * columns] on the CPU."""
+        config, prompt, request = self.checkpoint.ar, _required(job.prompt), job.request
         ids = torch.tensor(prompt.ids)
         for (start, stop), source in zip(prompt.image_slots, job.sources, strict=True):
             ids[start:stop] = _required(source.codes)
         count = prompt.preview_tokens + prompt.target_tokens
-        layers, head, table = self._parts.ar_layers, self._parts.ar_head.single(), self._parts.code_table()
-        cache = ar.KvCache.allocate(text, len(ids) + count, self.dtype, self.device)
-        positions = torch.tensor(prompt.positions, device=self.device)
-        decode_positions = torch.tensor(prompt.decode_positions, device=self.device)
-
-        states = ar.run_layers(layers, text, self._parts.embed_text(ids), positions, cache, 0)
-        first_logits = ar.logits(head, text, states[-1:])
-        drafts = []
-        for seed in request.seeds:
-            uniforms = sampling.uniforms(seed, count).to(self.device)
-            codes = torch.empty(count, dtype=torch.long, device=self.device)
-            logits = first_logits
-            for index in range(count):
-                code = self._sample(logits, uniforms[index : index + 1], request)
-                codes[index : index + 1] = code
-                if index + 1 < count:
-                    at = decode_positions[:, index : index + 1]
-                    states = ar.run_layers(layers, text, table[code], at, cache, len(ids) + index)
-                    logits = ar.logits(head, text, states)
-                events.advance()
-            _require_finite(logits, "the draft's logits hold")  # a NaN stays in the cache: the last token has it too
-            drafts.append(codes[prompt.preview_tokens :].cpu())
-        return torch.stack(drafts)
-
-    def _sample(self, logits: Tensor, uniforms: Tensor, request: GenerateRequest) -> Tensor:
-        top_k = self.checkpoint.ar.top_k if request.top_k is None else request.top_k
-        codebook = self.checkpoint.ar.vq.codebook_size
-        return sampling.sample(logits, uniforms, request.temperature, top_k or None, request.top_p, codebook)
+        top_k = config.top_k if request.top_k is None else request.top_k
+        order = Order(
+            prompt=self._parts.embed_text(ids),
+            positions=torch.tensor(prompt.positions, device=self.device),
+            code_positions=torch.tensor(prompt.decode_positions, device=self.device),
+            uniforms=torch.stack([sampling.uniforms(seed, count) for seed in request.seeds]).to(self.device),
+            choice=Choice(request.temperature, top_k or None, request.top_p),
+        )
+        codes, logits = draft(self._parts, order, events)
+        _require_finite(logits, "the draft's logits hold")  # a NaN stays in the cache: the last token has it too
+        return codes[:, prompt.preview_tokens :].cpu()
 
     # Denoise
 

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("memory",),
     ("prompt", "schedule", "sampling", "media", "events"),
+    ("draft",),
     ("pipeline",),
     ("demonstrate",),
     ("cli",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from .blocks import Blocks, Loader
 from .planner import Plan
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 class Parts:
@@ -52,6 +53,7 @@ class Parts:
             "transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w)
         )
         self._code_table: Tensor | None = None
+        self._kept: dict[str, tuple[Hashable, Any]] = {}
         self._keep = False
 
     @property
@@ -86,6 +88,7 @@ class Parts:
                     blocks.release()
                 if self.ar_layers in used:
                     self._code_table = None
+                self._kept.clear()
             devices.release_cached(self.device)
 
     def release(self) -> None:
@@ -93,7 +96,20 @@ class Parts:
         for blocks in self._all:
             blocks.release()
         self._code_table = None
+        self._kept.clear()
         devices.release_cached(self.device)
+
+    def keep(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, until weights are released or another `key` is asked for under this name.
+
+        For what is built over weights at their addresses, such as captured graphs.
+        """
+        held = self._kept.get(name)
+        if held is None or held[0] != key:
+            self._kept.pop(name, None)  # before another is made: both may not fit
+            self._kept[name] = held = key, make()
+        made: T = held[1]
+        return made
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays

@@ -1,20 +1,23 @@
 """The autoregressive decoder: text and image codes in, the next image code out.
 
 A GLM decoder layer has four RMS norms: one before and one behind each of attention and MLP. Positions have three axes
-(time, row, column); the rotary frequencies are dealt to the axes in sections. Keys and values live in one static cache,
-so that decoding never allocates and shapes stay the same from token to token.
+(time, row, column); the rotary frequencies are dealt to the axes in sections. Keys and values live in one static cache.
+
+A pass is over rows: the tokens of a prompt (`Span`), or one token of each of several pictures (`Step`). They differ in
+what attention does with them, and in nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..quant.linear import Linear
 from .config import ArConfig, TextConfig
 from .spec import BlockSpec, LinearSpec, TensorSpec
 from .weights import Weights
@@ -62,16 +65,23 @@ def block_specs(config: ArConfig) -> list[BlockSpec]:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Keys and values of every layer: [layers, kv_heads, capacity, head_dim] each, for one sequence."""
+    """Keys and values of every layer, [layers, pictures, kv_heads, capacity, head_dim] each."""
 
     keys: Tensor
     values: Tensor
 
     @staticmethod
-    def allocate(config: TextConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> KvCache:
-        """A cache for `tokens` positions, rounded up to a whole number of attention buckets."""
-        shape = (config.num_layers, config.num_kv_heads, cache_capacity(tokens), config.head_dim)
+    def allocate(
+        config: TextConfig, tokens: int, dtype: torch.dtype, device: torch.device, pictures: int = 1
+    ) -> KvCache:
+        """A cache for `tokens` positions of each picture, rounded up to a whole number of attention buckets."""
+        shape = (config.num_layers, pictures, config.num_kv_heads, cache_capacity(tokens), config.head_dim)
         return KvCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    def share(self, tokens: int) -> None:
+        """Give every picture what the first one holds of the first `tokens` positions."""
+        for cached in (self.keys, self.values):
+            cached[:, 1:, :, :tokens] = cached[:, :1, :, :tokens]
 
 
 def cache_capacity(tokens: int) -> int:
@@ -93,10 +103,19 @@ def rope_tables(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class Rows(Protocol):
+    """What the rows of a pass are to attention, and where their keys and values go."""
+
+    def attend(self, qkv: Linear, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Normed states [rows, hidden] -> attended [rows, heads * head_dim]; fills keys and values of one layer,
+        [pictures, kv_heads, capacity, head_dim]."""
+
+
 @dataclass(frozen=True)
 class Span:
-    """What all layers share about the tokens of one call: where they go in the cache, how they turn, what they see."""
+    """Rows that follow each other in one picture's sequence: what all layers share about them."""
 
+    config: TextConfig
     start: int
     cos: Tensor
     sin: Tensor
@@ -108,52 +127,102 @@ class Span:
         device, end = positions.device, start + positions.shape[1]
         cos, sin = (table.to(dtype) for table in rope_tables(config, positions))
         cached = torch.arange(min(cache_capacity(end), capacity), device=device)
-        return Span(start, cos, sin, cached <= torch.arange(start, end, device=device)[:, None])
+        return Span(config, start, cos, sin, cached <= torch.arange(start, end, device=device)[:, None])
+
+    def attend(self, qkv: Linear, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = keys[0], values[0]
+        query = ops.rope_to_cache(qkv(states), self.cos, self.sin, keys, values, self.start)
+        if self.start == 0:
+            length = states.shape[0]
+            attended = ops.causal_attention(query, keys[:, :length], values[:, :length])
+        else:
+            bucket = self.visible.shape[1]
+            attended = ops.attention(query, keys[:, :bucket], values[:, :bucket], self.visible)
+        return attended.transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row for each of several pictures, at the same token of their drafts; how far those are, the device knows.
+
+    `cos` and `sin` float32 [tokens, rotary_dim], `steps` int32 [pictures], `prompt` int32 [1]: the token at index i of
+    a draft is row i of the tables and row prompt + i of the cache.
+    """
+
+    config: TextConfig
+    cos: Tensor
+    sin: Tensor
+    prompt: Tensor
+    steps: Tensor
+
+    def attend(self, qkv: Linear, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return ops.attend_token(
+            qkv.sums(states), qkv.bias, self.cos, self.sin, keys, values, self.prompt, self.steps, self.config.num_heads
+        )
+
+
+class Residual(NamedTuple):
+    """The hidden states, and a branch that is yet to be normed and added to them.
+
+    A layer leaves its last branch so, since one operation adds it and takes the next norm.
+    """
+
+    hidden: Tensor
+    branch: Tensor | None = None
+    branch_weight: Tensor | None = None
+
+    def last(self) -> Residual:
+        """The last row alone."""
+        branch = None if self.branch is None else self.branch[:, -1:].contiguous()
+        return Residual(self.hidden[-1:], branch, self.branch_weight)
+
+    def norm(self, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The hidden states [rows, hidden] with the branch in them, and their norm."""
+        return ops.add_norm(self.hidden, self.branch, self.branch_weight, weight, eps)
 
 
 class ArLayer:
     """One decoder layer over the views of a slot."""
 
     def __init__(self, config: TextConfig, weights: Weights) -> None:
-        self._config = config
+        self._eps = config.rms_norm_eps
         self._weights = weights
 
-    def __call__(self, hidden_states: Tensor, span: Span, keys: Tensor, values: Tensor) -> Tensor:
-        """[S, hidden] at the cache rows of `span` -> [S, hidden]; keys and values [kv_heads, capacity, head_dim]."""
-        weights, eps = self._weights, self._config.rms_norm_eps
-        states = ops.rms_norm(hidden_states, weights.tensor("input_layernorm.weight"), eps)
-        states = self._attend(states, span, keys, values)
-        hidden_states = hidden_states + ops.rms_norm(states, weights.tensor("post_self_attn_layernorm.weight"), eps)
+    def __call__(self, residual: Residual, rows: Rows, keys: Tensor, values: Tensor) -> Residual:
+        """Rows of the hidden states through the layer; keys and values [pictures, kv_heads, capacity, head_dim]."""
+        norm, linear = self._weights.tensor, self._weights.linear
+        hidden, states = residual.norm(norm("input_layernorm.weight"), self._eps)
+        states = linear("o").sums(rows.attend(linear("qkv"), states, keys, values))
 
-        states = ops.rms_norm(hidden_states, weights.tensor("post_attention_layernorm.weight"), eps)
-        gate, up = weights.linear("gate_up")(states).chunk(2, dim=-1)
-        states = weights.linear("down")(up * F.silu(gate))
-        return hidden_states + ops.rms_norm(states, weights.tensor("post_mlp_layernorm.weight"), eps)
-
-    def _attend(self, states: Tensor, span: Span, keys: Tensor, values: Tensor) -> Tensor:
-        config = self._config
-        length = states.shape[0]
-        qkv = self._weights.linear("qkv")(states).view(length, -1, config.head_dim).transpose(0, 1)
-        query, key, value = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        keys[:, span.start : span.start + length] = ops.apply_rope(key, span.cos, span.sin)
-        values[:, span.start : span.start + length] = value
-        query = ops.apply_rope(query, span.cos, span.sin)
-        bucket = span.visible.shape[1]
-        states = ops.attention(query, keys[:, :bucket], values[:, :bucket], span.visible)
-        return self._weights.linear("o")(states.transpose(0, 1).reshape(length, -1))
+        residual = Residual(hidden, states, norm("post_self_attn_layernorm.weight"))
+        hidden, states = residual.norm(norm("post_attention_layernorm.weight"), self._eps)
+        states = linear("down").sums(linear("gate_up").gated(states))
+        return Residual(hidden, states, norm("post_mlp_layernorm.weight"))
 
 
-def run_layers(
-    layers: Iterable[ArLayer], config: TextConfig, hidden_states: Tensor, positions: Tensor, cache: KvCache, start: int
-) -> Tensor:
-    """Embedded tokens [S, hidden] at integer positions [3, S] through every layer; fills cache rows start..start+S."""
-    span = Span.of(config, positions, start, cache.keys.shape[2], hidden_states.dtype)
+def run(layers: Iterable[ArLayer], hidden_states: Tensor, rows: Rows, cache: KvCache) -> Residual:
+    """Embedded tokens [rows, hidden] through every layer; fills the cache."""
+    residual = Residual(hidden_states)
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-        hidden_states = layer(hidden_states, span, keys, values)
-    return hidden_states
+        residual = layer(residual, rows, keys, values)
+    return residual
 
 
-def logits(head: Weights, config: TextConfig, hidden_states: Tensor) -> Tensor:
-    """[S, hidden] behind the last layer -> float32 logits [S, vision_vocab_size]."""
-    states = ops.rms_norm(hidden_states, head.tensor("model.language_model.norm.weight"), config.rms_norm_eps)
-    return head.linear("lm_head")(states).float()
+def run_span(
+    layers: Iterable[ArLayer], config: TextConfig, hidden_states: Tensor, positions: Tensor, cache: KvCache, start: int
+) -> Residual:
+    """Embedded tokens [S, hidden] at integer positions [3, S] through every layer, as cache rows start..start+S of the
+    first picture."""
+    span = Span.of(config, positions, start, cache.keys.shape[3], hidden_states.dtype)
+    return run(layers, hidden_states, span, cache)
+
+
+def logit_sums(head: Weights, config: TextConfig, residual: Residual) -> Tensor:
+    """What is behind the last layer -> logits as partial sums, [parts, rows, vision_vocab_size]."""
+    _, states = residual.norm(head.tensor("model.language_model.norm.weight"), config.rms_norm_eps)
+    return head.linear("lm_head").sums(states)
+
+
+def logits(head: Weights, config: TextConfig, residual: Residual) -> Tensor:
+    """What is behind the last layer -> float32 logits [rows, vision_vocab_size]."""
+    return ops.total(logit_sums(head, config, residual), torch.float32)

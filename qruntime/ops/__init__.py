@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import device as devices
 from ..errors import InputError
-from . import torch_int4
+from . import reference, torch_int4
+from .backend import uses_triton
 from .dit_block import (
     add_gated_int8_rows,
     int8_rows,
@@ -26,11 +28,11 @@ from .reference import (
     apply_rope,
     dequantize_int4,
     dequantize_int8,
-    linear_int4,
     linear_int8,
     modulated_norm,
     rms_norm,
     rotate,
+    total,
 )
 from .reference import attention as _attention
 
@@ -38,11 +40,17 @@ __all__ = [
     "Int8Rows",
     "add_gated",
     "add_gated_int8_rows",
+    "add_norm",
     "apply_rope",
+    "attend_token",
     "attention",
+    "causal_attention",
     "dequantize_int4",
     "dequantize_int8",
+    "gated_int4",
+    "int4_sums",
     "int8_rows",
+    "int8_sums",
     "kernels",
     "linear_int4",
     "linear_int8",
@@ -51,10 +59,19 @@ __all__ = [
     "modulated_norm_int8",
     "qk_norm_rope",
     "rms_norm",
+    "rope_to_cache",
     "rotate",
+    "runs_few_rows_int4",
+    "runs_few_rows_int8",
+    "sample_token",
+    "silu_product",
     "takes_int8_rows",
     "torch_int4",
+    "total",
+    "uses_triton",
 ]
+
+MAX_ROWS = 8  # of a product that the few-row kernels take
 
 MPS_SCORES = 2**28  # MPS writes out the score matrix; this many elements of it at a time, at most
 MPS_MAX_KEYS = 32766  # longer sums are silently wrong on some Apple chips
@@ -82,8 +99,128 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return output
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention in which query i of [H, S, d] sees keys 0..i of [H_kv, S, d]."""
+    if devices.kind(query.device) == "mps":
+        length = query.shape[1]
+        return attention(query, key, value, torch.ones(length, length, dtype=torch.bool, device=query.device).tril())
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)[0]
+
+
+def linear_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+    """As `reference.linear_int4`: a few rows by the kernel for them, many by writing the matrix out."""
+    if not uses_triton(x.device, x.dtype):
+        return reference.linear_int4(x, q, scale, zero, bias)
+    from . import triton_int4
+
+    return F.linear(x, triton_int4.dequantize_int4(q, scale, zero), bias)
+
+
+def runs_few_rows_int4(x: Tensor, group_size: int) -> bool:
+    """Whether `int4_sums` and `gated_int4` take the rows x [M, K]."""
+    return _is_few(x) and group_size in (32, 64)
+
+
+def runs_few_rows_int8(x: Tensor) -> bool:
+    """Whether `int8_sums` takes the rows x [M, K]."""
+    return _is_few(x)
+
+
+def _is_few(x: Tensor) -> bool:
+    suits = x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % 128 == 0
+    return suits and uses_triton(x.device, x.dtype)
+
+
+def int4_sums(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """As `triton_few_rows.int4_sums`."""
+    from . import triton_few_rows
+
+    return triton_few_rows.int4_sums(x.contiguous(), q, scale, zero)
+
+
+def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """As `triton_few_rows.gated_int4`."""
+    from . import triton_few_rows
+
+    return triton_few_rows.gated_int4(x.contiguous(), q, scale, zero)
+
+
+def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """As `triton_few_rows.int8_sums`."""
+    from . import triton_few_rows
+
+    return triton_few_rows.int8_sums(x.contiguous(), q, scale)
+
+
+def add_norm(
+    hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `reference.add_norm`."""
+    if not uses_triton(hidden.device, hidden.dtype):
+        return reference.add_norm(hidden, branch, branch_weight, weight, eps)
+    from . import triton_decode
+
+    return triton_decode.add_norm(hidden, branch, branch_weight, weight, eps)
+
+
+def silu_product(gate_up: Tensor) -> Tensor:
+    """As `reference.silu_product`."""
+    if not uses_triton(gate_up.device, gate_up.dtype):
+        return reference.silu_product(gate_up)
+    from . import triton_decode
+
+    return triton_decode.silu_product(gate_up)
+
+
+def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """As `reference.rope_to_cache`."""
+    if not uses_triton(qkv.device, qkv.dtype):
+        return reference.rope_to_cache(qkv, cos, sin, keys, values, start)
+    from . import triton_decode
+
+    return triton_decode.rope_to_cache(qkv, cos, sin, keys, values, start)
+
+
+def attend_token(
+    sums: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prompt: Tensor,
+    steps: Tensor,
+    heads: int,
+) -> Tensor:
+    """As `reference.attend_token`."""
+    if not uses_triton(keys.device, keys.dtype):
+        return reference.attend_token(sums, bias, cos, sin, keys, values, prompt, steps, heads)
+    from . import triton_decode
+
+    return triton_decode.attend_token(sums, bias, cos, sin, keys, values, prompt, steps, heads)
+
+
+def sample_token(
+    sums: Tensor,
+    uniforms: Tensor,
+    steps: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> None:
+    """As `triton_decode.sample_token`."""
+    from . import triton_decode
+
+    triton_decode.sample_token(sums, uniforms, steps, codes, table, hidden, temperature, top_k, top_p)
+
+
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which implementation of each quantised product `device` gets, in words."""
+    if uses_triton(device, dtype):
+        return {"int4": "Triton", "int8": "Triton"}
     form = torch_int4.form(device, dtype, 4096, 4096, 64)
     return {
         "int4": "plain torch, dequantised a matrix at a time" if form == torch_int4.STORED else f"torch's own ({form})",

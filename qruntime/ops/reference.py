@@ -5,6 +5,7 @@ Weights are dequantised in row chunks, so that the float32 intermediate never ex
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -103,6 +104,65 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned.to(x.dtype), rest), dim=-1) if rest.shape[-1] else turned.to(x.dtype)
+
+
+def add_norm(
+    hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """hidden [M, H] plus the RMS norm of `branch`, given as partial sums [parts, M, H]; and the RMS norm of that."""
+    if branch is not None and branch_weight is not None:
+        hidden = hidden + rms_norm(total(branch, hidden.dtype), branch_weight, eps)
+    return hidden, rms_norm(hidden, weight, eps)
+
+
+def total(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Partial sums [parts, M, N], added in order: [M, N] in `dtype`."""
+    first, *rest = sums.unbind()
+    return functools.reduce(torch.add, rest, first).to(dtype)
+
+
+def silu_product(gate_up: Tensor) -> Tensor:
+    """[M, 2N] -> silu(first half) * second half, [M, N]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
+def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Split qkv [S, (heads + 2 * kv_heads) * head_dim], turn queries and keys under tables [S, rotary_dim], put keys and
+    values in rows start..start+S of a layer's cache [kv_heads, capacity, head_dim]; queries [heads, S, head_dim]."""
+    length, (kv_heads, _, head_dim) = qkv.shape[0], keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query, key, value = qkv.view(length, -1, head_dim).transpose(0, 1).split((heads, kv_heads, kv_heads))
+    keys[:, start : start + length] = apply_rope(key, cos, sin)
+    values[:, start : start + length] = value
+    return apply_rope(query, cos, sin)
+
+
+def attend_token(
+    sums: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prompt: Tensor,
+    steps: Tensor,
+    heads: int,
+) -> Tensor:
+    """Attention of one token of each of M pictures, [M, heads * head_dim].
+
+    `sums` [parts, M, (heads + 2 * kv_heads) * head_dim] is the product that makes queries, keys and values, without its
+    `bias`; `cos`, `sin` [tokens, rotary_dim]; keys and values [M, kv_heads, capacity, head_dim] gain row prompt + step.
+    """
+    qkv = total(sums, keys.dtype)
+    if bias is not None:
+        qkv = qkv + bias
+    attended = []
+    for row, step, own_keys, own_values in zip(qkv, steps.tolist(), keys, values, strict=True):
+        at, table = int(prompt) + step, slice(step, step + 1)
+        query = rope_to_cache(row[None], cos[table], sin[table], own_keys, own_values, at)
+        attended.append(attention(query, own_keys[:, : at + 1], own_values[:, : at + 1]).flatten())
+    return torch.stack(attended)
 
 
 # A block of the diffusion transformer. Its tokens are of two kinds: the rows `image_rows`, and text rows around them.

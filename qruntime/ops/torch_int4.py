@@ -4,12 +4,12 @@ All three compute w = (q - 8) * scale + zero with bf16 scales, which is what for
 want the bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form
 (equal size, so that it fits where they came from), `linear` multiplies.
 
-- `tinygemm` (CUDA, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
+- `tinygemm` (CUDA without Triton, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
 - `avx512` (CPUs with native bf16): q shuffled, scale and zero interleaved.
 - `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so
   above
   `METAL_MAX_ROWS` rows the matrix is dequantised instead.
-- `stored`: none of them; the plain reference reads the bytes as they are in the file.
+- `stored`: none of them; our kernels and the plain reference read the bytes as they are in the file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import device as devices
 from . import reference
+from .backend import uses_triton
 
 STORED = "stored"
 METAL_MAX_ROWS = 4
@@ -29,7 +30,7 @@ _K_PER_TILE = 16  # columns of one tinygemm tile; 2, 4 or 8 tiles are packed tog
 
 def form(device: torch.device, dtype: torch.dtype, n: int, k: int, group_size: int) -> str:
     """How an int4 matrix [n, k] should lie on `device` for products in `dtype`."""
-    if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES:
+    if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES or uses_triton(device):
         return STORED
     kind = devices.kind(device)
     if kind == "cuda" and n % 8 == 0 and _inner_k_tiles(k):

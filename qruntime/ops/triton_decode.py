@@ -1,8 +1,9 @@
-"""What lies between the products of a decoder layer, for one token of up to eight pictures. Triton, for CUDA.
+"""What lies between the products of a decoder layer. Triton, for CUDA.
 
 Each operation is one launch, so that a token is some three hundred of them in one captured graph. A graph cannot see
-the host's numbers: how far a draft is, the kernels read from `steps` [M] on the device. Sums are taken in an order that
-depends on a row's own length alone, so a picture's bits do not depend on the others or on the cache's capacity.
+the host's numbers: how far the draft of each of M pictures is, the kernels read from `steps` [M] on the device. Sums
+are taken in an order that depends on a row's own length alone, so a picture's bits depend neither on the pictures
+beside it nor on the cache's capacity.
 """
 
 from __future__ import annotations
@@ -83,20 +84,116 @@ def add_norm(
 
 
 @triton.jit
-def _turned(parts_ptr, bias_ptr, M, m, first, column, cos, sin, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-            TURNED: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of a head, first + column of the summed product, turned by RoPE: `first` [rows, 1], `column` [1, size]."""
+def _turned(
+    parts_ptr,
+    bias_ptr,
+    M,
+    m,
+    first,
+    column,
+    cos,
+    sin,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    TURNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Heads of row m of a product that lies in parts, turned by RoPE: those that start at `first` [heads, 1], `column`
+    [1, head_dim]."""
     half: tl.constexpr = TURNED // 2
-    value = tl.load(bias_ptr + first + column).to(tl.float32)
     partner_column = tl.where(column < half, column + half, tl.where(column < TURNED, column - half, column))
-    partner = tl.load(bias_ptr + first + partner_column).to(tl.float32)
+    value = tl.zeros((first.shape[0], column.shape[1]), tl.float32)
+    partner = value
     for part in tl.static_range(PARTS):
         row = parts_ptr + (part * M + m) * WIDTH + first
         value += tl.load(row + column).to(tl.float32)
         partner += tl.load(row + partner_column).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + first + column).to(tl.float32)
+        partner += tl.load(bias_ptr + first + partner_column).to(tl.float32)
     value, partner = value.to(DTYPE).to(tl.float32), partner.to(DTYPE).to(tl.float32)
     partner = tl.where(column < half, -partner, partner)
     return tl.where(column < TURNED, value * cos + partner * sin, value).to(DTYPE)
+
+
+@triton.jit
+def _rope_to_cache_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    S,
+    start,
+    capacity,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One token of a prompt, all its heads."""
+    s = tl.program_id(0).to(tl.int64)
+    DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    head, column = tl.arange(0, TILE)[:, None], tl.arange(0, HEAD_DIM)[None, :]
+    angle = s * TURNED + tl.minimum(column, TURNED - 1)
+    cos, sin = tl.load(cos_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle).to(tl.float32)
+    first = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
+    turned = _turned(qkv_ptr, None, S, s, first, column, cos, sin, width, 1, TURNED, DTYPE)
+    plain = tl.load(qkv_ptr + s * width + first + column)
+    tl.store(query_ptr + (head * S + s) * HEAD_DIM + column, turned, mask=head < HEADS)
+    key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
+    at = (start + s) * HEAD_DIM + column
+    is_key = (key_head >= 0) & (value_head < 0)
+    tl.store(keys_ptr + key_head * capacity * HEAD_DIM + at, turned, mask=is_key)
+    tl.store(
+        values_ptr + value_head * capacity * HEAD_DIM + at, plain, mask=(value_head >= 0) & (value_head < KV_HEADS)
+    )
+
+
+def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """See `reference.rope_to_cache`."""
+    length, (kv_heads, capacity, head_dim) = qkv.shape[0], keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    query = torch.empty(heads, length, head_dim, dtype=qkv.dtype, device=qkv.device)
+    _rope_to_cache_kernel[(length,)](
+        qkv,
+        cos,
+        sin,
+        query,
+        keys,
+        values,
+        length,
+        start,
+        capacity,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        TURNED=cos.shape[-1],
+        TILE=triton.next_power_of_2(heads + 2 * kv_heads),
+        num_warps=8,
+    )
+    return query
+
+
+@triton.jit
+def _silu_product_kernel(gate_up_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    m, n = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    gate = tl.load(gate_up_ptr + 2 * m * N + n, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + 2 * m * N + N + n, mask=inside, other=0.0).to(tl.float32)
+    out = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32) * up
+    tl.store(out_ptr + m * N + n, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def silu_product(gate_up: Tensor) -> Tensor:
+    """See `reference.silu_product`."""
+    m, n = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(m, n, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_product_kernel[triton.cdiv(n, 1024), m](gate_up, out, n, BLOCK=1024, num_warps=4)
+    return out
 
 
 @triton.jit
@@ -108,7 +205,7 @@ def _attention_kernel(
     keys_ptr,
     values_ptr,
     steps_ptr,
-    sums_ptr,
+    weighted_ptr,
     maxima_ptr,
     totals_ptr,
     prompt_ptr,
@@ -160,17 +257,17 @@ def _attention_kernel(
         scores = tl.where(filled[None, :], scores, float("-inf"))
         maximum = tl.max(scores, axis=1)
         weights = tl.exp(scores - maximum[:, None])
-        sums = dot(weights.to(DTYPE), value, tl.zeros((TILE, HEAD_DIM), tl.float32))
+        weighted = dot(weights.to(DTYPE), value, tl.zeros((TILE, HEAD_DIM), tl.float32))
         row = (m * HEADS + kv_head * group + head) * chunks + chunk
         is_head = head < group
-        tl.store(sums_ptr + row[:, None] * HEAD_DIM + column, sums, mask=is_head[:, None])
+        tl.store(weighted_ptr + row[:, None] * HEAD_DIM + column, weighted, mask=is_head[:, None])
         tl.store(maxima_ptr + row, maximum, mask=is_head)
         tl.store(totals_ptr + row, tl.sum(weights, axis=1), mask=is_head)
 
 
 @triton.jit
 def _combine_kernel(
-    sums_ptr,
+    weighted_ptr,
     maxima_ptr,
     totals_ptr,
     steps_ptr,
@@ -193,26 +290,26 @@ def _combine_kernel(
     row = (m * HEADS + head) * chunks
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
-    sums = tl.zeros((HEAD_DIM,), tl.float32)
+    weighted = tl.zeros((HEAD_DIM,), tl.float32)
     for start in range(0, filled, TILE):
         chunk = start + tl.arange(0, TILE)
         inside = chunk < filled
         maxima = tl.load(maxima_ptr + row + chunk, mask=inside, other=float("-inf"))
         totals = tl.load(totals_ptr + row + chunk, mask=inside, other=0.0)
         parts = tl.load(
-            sums_ptr + (row + chunk)[:, None] * HEAD_DIM + column[None, :], mask=inside[:, None], other=0.0
+            weighted_ptr + (row + chunk)[:, None] * HEAD_DIM + column[None, :], mask=inside[:, None], other=0.0
         )
         higher = tl.maximum(maximum, tl.max(maxima))
         before, weights = tl.exp(maximum - higher), tl.exp(maxima - higher)
         total = total * before + tl.sum(weights * totals)
-        sums = sums * before + tl.sum(weights[:, None] * parts, axis=0)
+        weighted = weighted * before + tl.sum(weights[:, None] * parts, axis=0)
         maximum = higher
-    tl.store(out_ptr + (m * HEADS + head) * HEAD_DIM + column, (sums / total).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (m * HEADS + head) * HEAD_DIM + column, (weighted / total).to(out_ptr.dtype.element_ty))
 
 
 def attend_token(
-    parts: Tensor,
-    bias: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -222,22 +319,22 @@ def attend_token(
     heads: int,
 ) -> Tensor:
     """See `reference.attend_token`; how far each draft is comes from `steps`."""
-    count, m, _ = parts.shape
+    count, m, _ = sums.shape
     _, kv_heads, capacity, head_dim = keys.shape
     chunks = triton.cdiv(capacity, CHUNK)
-    sums = torch.empty(m, heads, chunks, head_dim, dtype=torch.float32, device=keys.device)
+    weighted = torch.empty(m, heads, chunks, head_dim, dtype=torch.float32, device=keys.device)
     maxima, totals = (torch.empty(m, heads, chunks, dtype=torch.float32, device=keys.device) for _ in range(2))
     out = torch.empty(m, heads * head_dim, dtype=keys.dtype, device=keys.device)
     overlapped, launch = options(keys.device, warps=4)
     _attention_kernel[chunks, kv_heads, m](
-        parts,
+        sums,
         bias,
         cos,
         sin,
         keys,
         values,
         steps,
-        sums,
+        weighted,
         maxima,
         totals,
         prompt,
@@ -256,7 +353,7 @@ def attend_token(
     )
     overlapped, launch = options(keys.device, warps=4)
     _combine_kernel[heads, m](
-        sums,
+        weighted,
         maxima,
         totals,
         steps,
@@ -281,7 +378,7 @@ def _quantile(keys, weights, target):
     """
     t = tl.full((), -(2**31), tl.int32)
     for turn in range(16):
-        unit = (1 << (30 - 2 * turn)).to(tl.int32)
+        unit = tl.full((), 1, tl.int32) << (30 - 2 * turn)
         below = (
             (tl.sum(tl.where(keys < t + unit, weights, 0.0)) <= target).to(tl.int32)
             + (tl.sum(tl.where(keys < t + 2 * unit, weights, 0.0)) <= target).to(tl.int32)
@@ -359,7 +456,7 @@ def _sample_kernel(
 
 
 def sample_token(
-    parts: Tensor,
+    sums: Tensor,
     uniforms: Tensor,
     steps: Tensor,
     codes: Tensor,
@@ -370,12 +467,12 @@ def sample_token(
     top_p: float,
 ) -> None:
     """See `reference.sample_token`."""
-    count_parts, m, width = parts.shape
+    count_parts, m, width = sums.shape
     choices, size = table.shape
     block = triton.next_power_of_2(choices)
-    overlapped, launch = options(parts.device, warps=min(max(block // 512, 1), 32))
+    overlapped, launch = options(sums.device, warps=min(max(block // 512, 1), 32))
     _sample_kernel[(m,)](
-        parts,
+        sums,
         uniforms,
         steps,
         codes,

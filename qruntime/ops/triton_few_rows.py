@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .launch import COMPILED, dot, options
 
-MAX_ROWS = 8
 _TILE_ROWS = tl.constexpr(8)
-_TILE_WORDS = tl.constexpr(16)  # of one group's row: as many as a tensor-core instruction takes columns
+_TILE_WORDS = tl.constexpr(16)  # as many as a tensor-core instruction takes columns; a word is four levels
+_STEP = tl.constexpr(128)  # columns that one turn of a loop adds
 _OFFSET = tl.constexpr(136.0)  # 128 of the bf16 trick and the 8 of format 1
 
 
@@ -68,36 +68,8 @@ def _element(packed, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _scaled(sums, x_sums, scale, zero):
-    """Sums of x (128 + q) and of x over one group, as sums of x ((q - 8) scale + zero)."""
-    return scale[:, None] * sums + (zero - _OFFSET * scale)[:, None] * x_sums
-
-
-@triton.jit
-def _group_of_64(words, x, scale, zero):
-    """What one group adds: int16 words [rows of W, 16] and x int64 [16, 8], four elements each."""
-    q0, q1, q2, q3 = _levels(words)
-    x0, x1, x2, x3 = _element(x, 0), _element(x, 1), _element(x, 2), _element(x, 3)
-    ones = tl.full(words.shape, 1.0, tl.float32).to(tl.bfloat16)
-    nothing = tl.zeros((words.shape[0], _TILE_ROWS), tl.float32)
-    sums = dot(q3, x3, dot(q2, x2, dot(q1, x1, dot(q0, x0, nothing))))
-    x_sums = dot(ones, x3, dot(ones, x2, dot(ones, x1, dot(ones, x0, nothing))))
-    return _scaled(sums, x_sums, scale, zero)
-
-
-@triton.jit
-def _group_of_32(words, x, scale, zero):
-    """What one group adds: int8 words [rows of W, 16] and x int32 [16, 8], two elements each."""
-    words = words.to(tl.int16)
-    q0, q1 = _level(words, 0), _level(words, 4)
-    x0, x1 = _element(x, 0), _element(x, 1)
-    ones = tl.full(words.shape, 1.0, tl.float32).to(tl.bfloat16)
-    nothing = tl.zeros((words.shape[0], _TILE_ROWS), tl.float32)
-    return _scaled(dot(q1, x1, dot(q0, x0, nothing)), dot(ones, x1, dot(ones, x0, nothing)), scale, zero)
-
-
-@triton.jit
 def _first(pair):
+    """The first of two bf16 that lie in an int32, as float32."""
     return (pair << 16).to(tl.float32, bitcast=True)
 
 
@@ -107,19 +79,38 @@ def _second(pair):
 
 
 @triton.jit
-def _two_groups(acc, q, x, scale, zero, rows, x_mask, pair, GROUP_SIZE: tl.constexpr):
-    """Add groups 2 * pair and 2 * pair + 1 of some rows of W to `acc` [rows of W, 8]."""
-    first, second = pair * 2 * _TILE_WORDS, pair * 2 * _TILE_WORDS + _TILE_WORDS
-    words, more_words = tl.load(q + first), tl.load(q + second)
-    values = tl.load(x + first, mask=x_mask, other=0)
-    more_values = tl.load(x + second, mask=x_mask, other=0)
-    scales, zeros = tl.load(scale + rows + pair), tl.load(zero + rows + pair)
-    if GROUP_SIZE == 64:
-        acc += _group_of_64(words, values, _first(scales), _first(zeros))
-        acc += _group_of_64(more_words, more_values, _second(scales), _second(zeros))
-    else:
-        acc += _group_of_32(words, values, _first(scales), _first(zeros))
-        acc += _group_of_32(more_words, more_values, _second(scales), _second(zeros))
+def _group(q0, q1, q2, q3, x, scale, zero):
+    """What one group adds to [rows of W, 8]: its levels, four bf16 [rows of W, 16], and x int64 [16, 8], four bf16
+    each."""
+    x0, x1, x2, x3 = _element(x, 0), _element(x, 1), _element(x, 2), _element(x, 3)
+    ones = tl.full(q0.shape, 1.0, tl.float32).to(tl.bfloat16)
+    nothing = tl.zeros((q0.shape[0], _TILE_ROWS), tl.float32)
+    sums = dot(q3, x3, dot(q2, x2, dot(q1, x1, dot(q0, x0, nothing))))
+    x_sums = dot(ones, x3, dot(ones, x2, dot(ones, x1, dot(ones, x0, nothing))))
+    return scale[:, None] * sums + (zero - _OFFSET * scale)[:, None] * x_sums
+
+
+@triton.jit
+def _step(acc, q, x, scale, zero, rows, x_mask, step, GROUP_SIZE: tl.constexpr):
+    """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8]."""
+    word = step * 2 * _TILE_WORDS
+    near, far = tl.load(q + word), tl.load(q + word + _TILE_WORDS)
+    near_x = tl.load(x + word, mask=x_mask, other=0)
+    far_x = tl.load(x + word + _TILE_WORDS, mask=x_mask, other=0)
+    q0, q1, q2, q3 = _levels(near)
+    r0, r1, r2, r3 = _levels(far)
+    if GROUP_SIZE == 64:  # a tile is a group
+        scales, zeros = tl.load(scale + rows + step), tl.load(zero + rows + step)
+        acc += _group(q0, q1, q2, q3, near_x, _first(scales), _first(zeros))
+        acc += _group(r0, r1, r2, r3, far_x, _second(scales), _second(zeros))
+    else:  # a tile is two groups: each sees its own half of x
+        first_half = tl.arange(0, _TILE_WORDS)[:, None] < _TILE_WORDS // 2
+        scales, zeros = tl.load(scale + rows + 2 * step), tl.load(zero + rows + 2 * step)
+        acc += _group(q0, q1, q2, q3, tl.where(first_half, near_x, 0), _first(scales), _first(zeros))
+        acc += _group(q0, q1, q2, q3, tl.where(first_half, 0, near_x), _second(scales), _second(zeros))
+        scales, zeros = tl.load(scale + rows + 2 * step + 1), tl.load(zero + rows + 2 * step + 1)
+        acc += _group(r0, r1, r2, r3, tl.where(first_half, far_x, 0), _first(scales), _first(zeros))
+        acc += _group(r0, r1, r2, r3, tl.where(first_half, 0, far_x), _second(scales), _second(zeros))
     return acc
 
 
@@ -139,24 +130,23 @@ def _int4_kernel(
     STAGES: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    words_a_row: tl.constexpr = K * _TILE_WORDS // GROUP_SIZE
+    words_a_row: tl.constexpr = K // 4
     pairs_a_row: tl.constexpr = K // (2 * GROUP_SIZE)
-    pairs_a_split: tl.constexpr = (pairs_a_row + SPLITS - 1) // SPLITS
+    steps: tl.constexpr = K // _STEP
+    steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, word = tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
     row = tl.minimum(n, N - 1)  # the last program's rows past the end read the last one
     q = q_ptr + row.to(tl.int64)[:, None] * words_a_row + word[None, :]
     x = x_ptr + m[None, :] * words_a_row + word[:, None]
-    start, stop = split * pairs_a_split, tl.minimum(split * pairs_a_split + pairs_a_split, pairs_a_row)
+    start, stop = split * steps_a_split, tl.minimum(split * steps_a_split + steps_a_split, steps)
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for pair in tl.range(start, stop, num_stages=STAGES):
-        acc = _two_groups(
-            acc, q, x, scale_ptr, zero_ptr, row * pairs_a_row, m[None, :] < M, pair, GROUP_SIZE
-        )
+    for step in tl.range(start, stop, num_stages=STAGES):
+        acc = _step(acc, q, x, scale_ptr, zero_ptr, row * pairs_a_row, m[None, :] < M, step, GROUP_SIZE)
     out = out_ptr + (split * M + m[None, :]) * N + n[:, None]
     tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
@@ -177,7 +167,7 @@ def _gated_int4_kernel(
     OVERLAPPED: tl.constexpr,
 ):
     """silu(gate) * up, where gate is rows 0..N and up is rows N..2N of W."""
-    words_a_row: tl.constexpr = K * _TILE_WORDS // GROUP_SIZE
+    words_a_row: tl.constexpr = K // 4
     pairs_a_row: tl.constexpr = K // (2 * GROUP_SIZE)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, word = tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
@@ -192,11 +182,9 @@ def _gated_int4_kernel(
         tl.extra.cuda.gdc_wait()
     gate = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     up = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for pair in tl.range(0, pairs_a_row, num_stages=STAGES):
-        gate = _two_groups(
-            gate, gate_q, x, scale_ptr, zero_ptr, gate_row * pairs_a_row, x_mask, pair, GROUP_SIZE
-        )
-        up = _two_groups(up, up_q, x, scale_ptr, zero_ptr, up_row * pairs_a_row, x_mask, pair, GROUP_SIZE)
+    for step in tl.range(0, K // _STEP, num_stages=STAGES):
+        gate = _step(gate, gate_q, x, scale_ptr, zero_ptr, gate_row * pairs_a_row, x_mask, step, GROUP_SIZE)
+        up = _step(up, up_q, x, scale_ptr, zero_ptr, up_row * pairs_a_row, x_mask, step, GROUP_SIZE)
     out = gate / (1 + tl.exp(-gate)) * up
     tl.store(out_ptr + m[None, :] * N + n[:, None], out.to(tl.bfloat16), mask=x_mask & (n[:, None] < N))
 
@@ -212,15 +200,14 @@ def _int8_kernel(
     K: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    steps: tl.constexpr = K // BLOCK_K
+    steps: tl.constexpr = K // _STEP
     steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m, k = tl.arange(0, _TILE_ROWS), tl.arange(0, BLOCK_K)
+    m, k = tl.arange(0, _TILE_ROWS), tl.arange(0, _STEP)
     row = tl.minimum(n, N - 1)
     q = q_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     x = x_ptr + m[None, :] * K + k[:, None]
@@ -230,8 +217,8 @@ def _int8_kernel(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     for step in tl.range(start, stop, num_stages=STAGES):
-        values = tl.load(x + step * BLOCK_K, mask=m[None, :] < M, other=0.0)
-        levels = tl.load(q + step * BLOCK_K)
+        values = tl.load(x + step * _STEP, mask=m[None, :] < M, other=0.0)
+        levels = tl.load(q + step * _STEP)
         if not COMPILED:  # the interpreter makes bf16 of floats only
             levels = levels.to(tl.float32)
         acc = dot(levels.to(tl.bfloat16), values, acc)
@@ -244,7 +231,6 @@ _PROGRAMS = 512  # at least so many, where K can be split: about four for each m
 _BLOCK_N = 32
 _WARPS = 1
 _STAGES = 6
-_INT8_BLOCK_K = 128
 _INT8_STAGES = 4
 
 
@@ -256,22 +242,7 @@ def _splits(n: int, steps: int) -> int:
     return splits
 
 
-def suits_int4(k: int, group_size: int) -> bool:
-    """Whether the kernels take matrices of so many columns: groups come in pairs, of 32 or 64."""
-    return group_size in (32, 64) and k % (2 * group_size) == 0
-
-
-def suits_int8(k: int) -> bool:
-    return k % _INT8_BLOCK_K == 0
-
-
-def _packed(x: Tensor, q: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """x bf16 and q uint8 as integers that hold a group's columns in sixteen words."""
-    wide = {64: (torch.int64, torch.int16), 32: (torch.int32, torch.int8)}[group_size]
-    return x.view(wide[0]), q.view(wide[1])
-
-
-def int4_parts(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def int4_sums(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N], to be added in order.
 
     x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2], scale and zero bf16 [N, K/group_size] as format 1 stores
@@ -279,13 +250,12 @@ def int4_parts(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """
     (m, k), n = x.shape, q.shape[0]
     group_size = k // scale.shape[1]
-    splits = _splits(n, k // (2 * group_size))
+    splits = _splits(n, k // _STEP.value)
     out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    x, q = _packed(x, q, group_size)
     overlapped, launch = options(x.device, warps=_WARPS)
     _int4_kernel[triton.cdiv(n, _BLOCK_N), splits](
-        x,
-        q,
+        x.view(torch.int64),
+        q.view(torch.int16),
         scale.view(torch.int32),
         zero.view(torch.int32),
         out,
@@ -307,11 +277,10 @@ def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     (m, k), n = x.shape, q.shape[0] // 2
     group_size = k // scale.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    x, q = _packed(x, q, group_size)
     overlapped, launch = options(x.device, warps=_WARPS)
     _gated_int4_kernel[(triton.cdiv(n, _BLOCK_N),)](
-        x,
-        q,
+        x.view(torch.int64),
+        q.view(torch.int16),
         scale.view(torch.int32),
         zero.view(torch.int32),
         out,
@@ -327,10 +296,10 @@ def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return out
 
 
-def int8_parts(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N]: x bf16 [M, K], q int8 [N, K], scale float32 [N]."""
     (m, k), n = x.shape, q.shape[0]
-    splits = _splits(n, k // _INT8_BLOCK_K)
+    splits = _splits(n, k // _STEP.value)
     out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     overlapped, launch = options(x.device, warps=_WARPS)
     _int8_kernel[triton.cdiv(n, _BLOCK_N), splits](
@@ -343,7 +312,6 @@ def int8_parts(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         K=k,
         SPLITS=splits,
         BLOCK_N=_BLOCK_N,
-        BLOCK_K=_INT8_BLOCK_K,
         STAGES=_INT8_STAGES,
         OVERLAPPED=overlapped,
         **launch,

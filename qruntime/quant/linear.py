@@ -61,12 +61,36 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        return self._product(x, self.bias)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x [M, K] -> the product without the bias as partial sums [parts, M, N], to be added in order.
+
+        Few rows are split over K where kernels exist, in float32; else there is one part, in x's dtype.
+        """
+        if self.scheme.kind == "int4" and not self.needs_packing and ops.runs_few_rows_int4(x, self.scheme.group_size):
+            return ops.int4_sums(x, *self._stored)
+        if self.scheme.kind == "int8" and not self.scheme.rotation and ops.runs_few_rows_int8(x):
+            return ops.int8_sums(x, *self._stored)
+        return self._product(x, None)[None]
+
+    def gated(self, x: Tensor) -> Tensor:
+        """x [M, K] -> silu(first half of the product) * second half, [M, N / 2]. There must be no bias."""
+        if self.scheme.kind == "int4" and not self.needs_packing and ops.runs_few_rows_int4(x, self.scheme.group_size):
+            return ops.gated_int4(x, *self._stored)
+        return ops.silu_product(self._product(x, None))
+
+    @property
+    def _stored(self) -> tuple[Tensor, ...]:
+        return tuple(self.parts.values())
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.scheme.kind == "plain":
-            return F.linear(x, self.parts[""], self.bias)
+            return F.linear(x, self.parts[""], bias)
         if self.scheme.kind == "int8":
             if self.scheme.rotation:
                 x = ops.rotate(x, self.scheme.rotation)
-            return ops.linear_int8(x, self.parts[".q"], self.parts[".scale"], self.bias)
+            return ops.linear_int8(x, self.parts[".q"], self.parts[".scale"], bias)
         if self.needs_packing:
-            return torch_int4.linear(self.form, x, self.parts[".q"], self._scale_zero, self.bias)
-        return ops.linear_int4(x, self.parts[".q"], self.parts[".scale"], self.parts[".zero"], self.bias)
+            return torch_int4.linear(self.form, x, self.parts[".q"], self._scale_zero, bias)
+        return ops.linear_int4(x, self.parts[".q"], self.parts[".scale"], self.parts[".zero"], bias)

@@ -57,7 +57,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int4(m: int, n: int, k: int, group_size: int) -> None:
     parts, weight = given(Scheme("int4", group_size=group_size), n, k)
     x = draw(m, k, seed=m)
-    found = few.int4_parts(x, *parts)
+    found = few.int4_sums(x, *parts)
     assert (found.dtype, found.shape[1:]) == (torch.float32, (m, n))
     assert error(found.sum(0), x, weight) < 1e-5
 
@@ -79,20 +79,20 @@ def test_gated_int4(m: int, n: int, k: int, group_size: int) -> None:
 def test_int8(m: int, n: int, k: int) -> None:
     parts, weight = given(Scheme("int8"), n, k)
     x = draw(m, k, seed=m)
-    found = few.int8_parts(x, *parts)
+    found = few.int8_sums(x, *parts)
     assert (found.dtype, found.shape[1:]) == (torch.float32, (m, n))
     assert error(found.sum(0), x, weight) < 1e-5
 
 
 def test_columns_are_split_where_rows_are_few() -> None:
     parts, _ = given(Scheme("int4", group_size=64), 32, 4096)
-    assert few.int4_parts(draw(1, 4096), *parts).shape[0] > 1
+    assert few.int4_sums(draw(1, 4096), *parts).shape[0] > 1
 
 
 @pytest.mark.parametrize("kind", ["int4", "gated", "int8"])
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str) -> None:
     scheme = Scheme("int8") if kind == "int8" else Scheme("int4", group_size=64)
-    run = {"int4": few.int4_parts, "gated": few.gated_int4, "int8": few.int8_parts}[kind]
+    run = {"int4": few.int4_sums, "gated": few.gated_int4, "int8": few.int8_sums}[kind]
     parts, _ = given(scheme, 64, 512)
     x = draw(8, 512)
     together = run(x, *parts)

@@ -125,11 +125,11 @@ class Runtime:
         cache = ar.KvCache.allocate(config, len(ids) + len(drafted), torch.float32, CPU)
         head, table = parts.ar_head.single(), parts.code_table()
         positions = torch.tensor(prompt.positions)
-        states = [ar.run_layers(parts.ar_layers, config, parts.embed_text(ids), positions, cache, 0)]
+        states = [ar.run_span(parts.ar_layers, config, parts.embed_text(ids), positions, cache, 0)]
         decode_positions = torch.tensor(prompt.decode_positions)
         for index in range(len(drafted)):
             token, at = table[drafted[index : index + 1]], decode_positions[:, index : index + 1]
-            states.append(ar.run_layers(parts.ar_layers, config, token, at, cache, len(ids) + index))
+            states.append(ar.run_span(parts.ar_layers, config, token, at, cache, len(ids) + index))
         return torch.cat([ar.logits(head, config, each) for each in states])
 
     @torch.inference_mode()

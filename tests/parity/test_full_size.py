@@ -66,11 +66,10 @@ def test_a_decoder_layer(record_property: Record) -> None:
     positions = torch.stack((times // 3, times // 3 + times % 7, times // 3 + times % 5))
     first = stock(inputs_embeds=states[None, :prompt], position_ids=positions[:, None, :prompt], use_cache=True)
     cache = ar.KvCache.allocate(config.text, prompt + drafted, torch.float32, CPU)
-    keys, values = cache.keys[0], cache.values[0]
 
     def run(start: int, end: int) -> Tensor:
-        span = ar.Span.of(config.text, positions[:, start:end], start, keys.shape[1], torch.float32)
-        return stock.norm(layer(states[start:end], span, keys, values))
+        passed = ar.run_span([layer], config.text, states[start:end], positions[:, start:end], cache, start)
+        return passed.norm(stock.norm.weight, text.rms_norm_eps)[1]
 
     largest = difference(run(0, prompt), first.last_hidden_state[0])
     for at in range(prompt, prompt + drafted):

@@ -1,0 +1,177 @@
+"""Drafting: the codes of one prompt's pictures, token by token, behind one run of the prompt.
+
+Where the Triton kernels run, up to eight pictures are drafted together and a token is one captured graph: the device
+itself knows how far it is, draws the code and fetches its embedding, and the host replays and looks up now and then.
+Elsewhere pictures follow each other, one operation at a time. A picture is the same either way it is grouped, since no
+kernel lets a row see what stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import device as devices
+from . import ops, sampling
+from .events import Events
+from .memory.parts import Parts
+from .models import ar
+
+WINDOW = 8  # tokens between two looks at the device, which is given at most two such windows ahead
+CAPACITY = 512  # caches hold a multiple of so many tokens, so that few graphs are captured
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a code is drawn from logits: see `sampling.sample`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be drafted.
+
+    `prompt`: embedded tokens [T, hidden]; `positions` int64 [3, T] of them and `code_positions` int64 [3, count] of the
+    codes; `uniforms` float32 [pictures, count].
+    """
+
+    prompt: Tensor
+    positions: Tensor
+    code_positions: Tensor
+    uniforms: Tensor
+    choice: Choice
+
+
+def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
+    """The codes int64 [pictures, count] of an order, and the logits of every picture's last code, on the device."""
+    if not ops.uses_triton(parts.device, parts.dtype):
+        return _one_by_one(parts, order, events)
+    codes, logits = [], []
+    pictures = min(order.uniforms.shape[0], ops.MAX_ROWS)
+    tokens = len(order.prompt) + order.uniforms.shape[1]
+    capacity = -(-tokens // CAPACITY) * CAPACITY
+    decoder = parts.keep("decoder", (pictures, capacity, order.choice), lambda: Decoder(parts, pictures, capacity, order.choice))
+    first = decoder.read(order)
+    for uniforms in order.uniforms.split(pictures):
+        decoder.write(first, uniforms, events)
+        codes.append(decoder.codes[: len(uniforms), : uniforms.shape[1]].clone())
+        logits.append(ops.total(decoder.sums, torch.float32)[: len(uniforms)])
+    return torch.cat(codes), torch.cat(logits)
+
+
+def _one_by_one(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
+    config, choice = parts.checkpoint.ar, order.choice
+    layers, head, table = parts.ar_layers, parts.ar_head.single(), parts.code_table()
+    prompt, (pictures, count) = len(order.prompt), order.uniforms.shape
+    cache = ar.KvCache.allocate(config.text, prompt + count, parts.dtype, parts.device)
+    read = ar.run_span(layers, config.text, order.prompt, order.positions, cache, 0)
+    first = ar.logits(head, config.text, read.last())
+    codes = torch.empty(pictures, count, dtype=torch.long, device=parts.device)
+    last = []
+    for own_codes, uniforms in zip(codes, order.uniforms, strict=True):
+        logits = first
+        for index in range(count):
+            code = sampling.sample(
+                logits,
+                uniforms[index : index + 1],
+                choice.temperature,
+                choice.top_k,
+                choice.top_p,
+                config.vq.codebook_size,
+            )
+            own_codes[index : index + 1] = code
+            if index + 1 < count:
+                at = order.code_positions[:, index : index + 1]
+                passed = ar.run_span(layers, config.text, table[code], at, cache, prompt + index)
+                logits = ar.logits(head, config.text, passed)
+            events.advance()
+        last.append(logits)
+    return codes, torch.cat(last)
+
+
+class Decoder:
+    """Some pictures at the same token of their drafts, and the captured graph that takes them one further.
+
+    Everything that the graph touches lies at a fixed place: the cache, the tables, `uniforms` and `codes`
+    [pictures, capacity], `steps` (how many codes each picture has), and the hidden states of their newest codes. The
+    graph holds the addresses of the weights too, so a decoder goes when they go.
+    """
+
+    def __init__(self, parts: Parts, pictures: int, capacity: int, choice: Choice) -> None:
+        device, self._config, self._choice = parts.device, parts.checkpoint.ar.text, choice
+        self._layers, self._head = list(parts.ar_layers), parts.ar_head.single()
+        self._table = parts.code_table()
+        self._queue = devices.CopyQueue(device)
+        self._cache = ar.KvCache.allocate(self._config, capacity, parts.dtype, device, pictures)
+        tables = torch.zeros(2, capacity, self._config.rotary_dim, device=device)
+        self._cos, self._sin = tables
+        self._uniforms = torch.zeros(pictures, capacity, device=device)
+        self._prompt = torch.zeros(1, dtype=torch.int32, device=device)
+        self._steps = torch.zeros(pictures, dtype=torch.int32, device=device)
+        self._written = torch.zeros_like(self._steps)
+        self._hidden = torch.zeros(pictures, self._config.hidden_size, dtype=parts.dtype, device=device)
+        self.codes = torch.zeros(pictures, capacity, dtype=torch.long, device=device)
+        self.sums = torch.empty(0, device=device)
+        self._replay = devices.capture(device, self._token)
+
+    def read(self, order: Order) -> Tensor:
+        """Run an order's prompt into the cache of every picture: logits of the first code as sums
+        [parts, 1, vocabulary]."""
+        prompt, count = len(order.prompt), order.code_positions.shape[1]
+        read = ar.run_span(self._layers, self._config, order.prompt, order.positions, self._cache, 0)
+        self._cache.share(prompt)
+        self._prompt.fill_(prompt)
+        for static, table in zip((self._cos, self._sin), ar.rope_tables(self._config, order.code_positions), strict=True):
+            static[:count] = table
+        return ar.logit_sums(self._head, self._config, read.last())
+
+    def write(self, first: Tensor, uniforms: Tensor, events: Events) -> None:
+        """Draft `codes` behind the prompt that was read, from its logits and uniforms [up to pictures, count].
+
+        Raises `Cancelled` at most two windows after it was asked for.
+        """
+        drafts, count = uniforms.shape
+        self._uniforms[:drafts, :count] = uniforms
+        self._steps.zero_()
+        self._sample(first.expand(-1, self._steps.shape[0], -1).contiguous())
+        if count == 1:
+            self.sums = first
+        marks: deque[object | None] = deque()
+        advanced = 0
+        for token in range(1, count):
+            self._replay()
+            if token % WINDOW == 0:
+                marks.append(self._queue.mark())
+                if len(marks) > 1:
+                    self._queue.wait_on_host(marks.popleft())
+                    events.advance(WINDOW * drafts)
+                    advanced += WINDOW
+        events.advance((count - advanced) * drafts)
+
+    def _token(self) -> None:
+        """The newest codes through the model, and the next ones drawn."""
+        torch.sub(self._steps, 1, out=self._written)
+        step = ar.Step(self._config, self._cos, self._sin, self._prompt, self._written)
+        passed = ar.run(self._layers, self._hidden, step, self._cache)
+        self.sums = ar.logit_sums(self._head, self._config, passed)
+        self._sample(self.sums)
+
+    def _sample(self, sums: Tensor) -> None:
+        choice = self._choice
+        ops.sample_token(
+            sums,
+            self._uniforms,
+            self._steps,
+            self.codes,
+            self._table,
+            self._hidden,
+            choice.temperature,
+            choice.top_k,
+            choice.top_p,
+        )
