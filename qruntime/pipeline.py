@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import device as devices
-from . import sampling, schedule
+from . import ops, sampling, schedule
 from .checkpoint.hub import locate
 from .checkpoint.reader import Checkpoint
 from .draft import Choice, Order, draft
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 AUTO_MARGIN_BYTES = GB // 2  # left to other programs when the budget is what is free
+MAX_CAPTURED_ROWS = 4096  # packed tokens of a denoising step that is captured: twice those of 512 x 512
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -386,12 +388,12 @@ class GlmImagePipeline:
             num_train_timesteps=train_steps,
         ).tolist()
         given = self._conditioning(job, schedule.dit_timesteps(request.num_inference_steps, train_steps))
-        stem = self._parts.dit_stem.single()
         latents = self._starting_latents(job)
+        predict = self._predictor(latents[0].to(self.dtype), given[0])
         for step in range(request.num_inference_steps):
             velocities = []
             for picture, conditioning in zip(latents, given, strict=True):
-                cond, uncond = dit.predict(stem, self._parts.dit_blocks, picture.to(self.dtype), step, conditioning)
+                cond, uncond = predict(picture.to(self.dtype), step, conditioning)
                 velocities.append(
                     cond.float() if uncond is None else schedule.guide(cond, uncond, request.guidance_scale)
                 )
@@ -403,6 +405,17 @@ class GlmImagePipeline:
                     theirs = _checked_latents(changed["latents"], tuple(latents.shape))
                     latents = theirs.to(device=self.device, dtype=torch.float32)
         return latents
+
+    def _predictor(self, latents: Tensor, given: dit.Conditioning) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """`dit.predict` over the model's weights; captured for pictures so small that launching takes longer than
+        computing."""
+        parts, packing = self._parts, given.packing
+        stem, blocks = parts.dit_stem.single(), parts.dit_blocks
+        fixed = ops.uses_triton(self.device, self.dtype) and not blocks.streamed and given.condition is None
+        if not fixed or packing.rows > MAX_CAPTURED_ROWS:
+            return partial(dit.predict, stem, blocks)
+        key = packing, latents.shape
+        return parts.keep("predict", key, lambda: dit.CapturedPredict(stem, list(blocks), latents, given))
 
     def _starting_latents(self, job: _Job) -> Tensor:
         if job.latents is not None:
@@ -419,7 +432,7 @@ class GlmImagePipeline:
         tables = dit.adaln_table(parts.dit_adaln, torch.cat([embeddings, *source_embeddings]))
         parts.dit_adaln.release()
         steps = len(timesteps)
-        condition = self._condition(job, [table[steps:] for table in tables]) if job.sources else None
+        condition = self._condition(job, tables[:, steps:]) if job.sources else None
         uncond_text = uncond_prior = None
         if request.guided:
             uncond_text = stem.glyphs(_required(job.uncond_glyphs))
@@ -430,7 +443,7 @@ class GlmImagePipeline:
             cond_prior=embeddings,  # replaced below, a picture at a time
             uncond_text=uncond_text,
             uncond_prior=uncond_prior,
-            modulation=[table[:steps] for table in tables],
+            modulation=tables[:, :steps],
             final_modulation=stem.final_modulation(embeddings),
             rope=dit.rope_tables(config, rows, columns, self.device),
             condition=condition,
@@ -438,7 +451,7 @@ class GlmImagePipeline:
         priors = [stem.prior(parts.embed_prior(ids)) for ids in _required(job.prior_token_ids)]
         return [replace(shared, cond_prior=prior) for prior in priors]
 
-    def _condition(self, job: _Job, tables: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _condition(self, job: _Job, tables: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of all source pictures, joined, a block."""
         parts, config = self._parts, self.checkpoint.dit
         stem = parts.dit_stem.single()
@@ -446,10 +459,9 @@ class GlmImagePipeline:
         for index, source in enumerate(job.sources):
             rows, columns = (2 * side for side in source.grid)
             prior = stem.prior(parts.embed_prior(_upsample(_required(source.codes)[None], *source.grid)[0]))
-            modulation = [table[index : index + 1] for table in tables]
             rope = dit.rope_tables(config, rows, columns, self.device)
             latents = _required(source.latents)
-            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents, prior, modulation, rope))
+            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents, prior, tables[:, index], rope))
         if len(found) == 1:
             return found[0]
         joined = []

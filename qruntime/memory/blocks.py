@@ -136,6 +136,11 @@ class Blocks(Generic[Module]):
         return len(self._specs)
 
     @property
+    def streamed(self) -> bool:
+        """Whether all blocks pass through a few slots."""
+        return self._streamed
+
+    @property
     def live_slots(self) -> int:
         """How many blocks' worth of device memory is held now."""
         return len(self._slots)

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device as devices
 from .. import ops
 from ..quant.fused import FusedLinear
 from .config import DitConfig
@@ -162,6 +164,10 @@ class Packing:
     uncond_text: int | None  # None: no unconditional pass
 
     @property
+    def rows(self) -> int:
+        return self.image_rows.stop + (self.uncond_text or 0)
+
+    @property
     def image_rows(self) -> slice:
         passes = 1 if self.uncond_text is None else 2
         return slice(self.cond_text, self.cond_text + passes * self.image)
@@ -243,9 +249,10 @@ def _attend(
     return attended
 
 
-def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> list[Tensor]:
-    """For each block, its modulation at each of B time embeddings [B, time_embed_dim]: [B, 6, 2, width]."""
-    return [weights.linear("linear")(time_embedding).unflatten(-1, (CHUNKS // 2, 2, -1)) for weights in adaln]
+def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> Tensor:
+    """Each block's modulation at each of B time embeddings [B, time_embed_dim]: [blocks, B, 6, 2, width]."""
+    rows = [weights.linear("linear")(time_embedding) for weights in adaln]
+    return torch.stack(rows).unflatten(-1, (CHUNKS // 2, 2, -1))
 
 
 @dataclass(frozen=True)
@@ -253,19 +260,41 @@ class Conditioning:
     """What stays the same over the steps of one picture.
 
     `cond_text` [T, width]; `cond_prior` [N, width]; `uncond_text` and `uncond_prior` likewise ([1, width] for the
-    prior, which is the same at every position), or None without guidance; `modulation` a table a block,
-    `final_modulation` [steps, 2, width];
-    `rope` of one image; `condition` a pair of keys and values a block, or None.
+    prior, which is the same at every position), or None without guidance; `modulation` [blocks, steps, 6, 2, width];
+    `final_modulation` [steps, 2, width]; `rope` of one image; `condition` a pair of keys and values a block, or None.
     """
 
     cond_text: Tensor
     cond_prior: Tensor
     uncond_text: Tensor | None
     uncond_prior: Tensor | None
-    modulation: Sequence[Tensor]
+    modulation: Tensor
     final_modulation: Tensor
     rope: tuple[Tensor, Tensor]
     condition: Sequence[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def packing(self) -> Packing:
+        uncond_text = None if self.uncond_text is None else self.uncond_text.shape[0]
+        return Packing(self.cond_text.shape[0], self.rope[0].shape[0], uncond_text)
+
+    def at(self, step: int) -> Conditioning:
+        """With the tables of one step alone."""
+        one = slice(step, step + 1)
+        return replace(self, modulation=self.modulation[:, one], final_modulation=self.final_modulation[one])
+
+    def clone(self) -> Conditioning:
+        """The same in memory of its own. Only for pictures without sources."""
+        own: dict[str, Any] = {name: field.clone() for name, field in vars(self).items() if isinstance(field, Tensor)}
+        return replace(self, rope=(self.rope[0].clone(), self.rope[1].clone()), **own)
+
+    def copy_(self, other: Conditioning) -> None:
+        """Take over what `other`, of the same shapes, holds. Only for pictures without sources."""
+        for own, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            own.copy_(theirs)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*(value for value in vars(self).values() if isinstance(value, Tensor)), *self.rope]
 
 
 def predict(
@@ -279,18 +308,38 @@ def predict(
     _, height, width = latents.shape
     image = stem.image(latents)
     parts = [given.cond_text, image + given.cond_prior]
-    uncond_text = None
     if given.uncond_text is not None and given.uncond_prior is not None:
         parts += [image + given.uncond_prior, given.uncond_text]
-        uncond_text = given.uncond_text.shape[0]
-    packing = Packing(given.cond_text.shape[0], image.shape[0], uncond_text)
-    tokens = torch.cat(parts)
+    packing, tokens = given.packing, torch.cat(parts)
     for index, block in enumerate(blocks):
         condition = given.condition[index] if given.condition is not None else None
-        block(tokens, packing, given.modulation[index][step], given.rope, condition)
+        block(tokens, packing, given.modulation[index, step], given.rope, condition)
     images = tokens[packing.image_rows].split(image.shape[0])
     velocities = [stem.velocity(image, given.final_modulation[step], height, width) for image in images]
     return velocities[0], velocities[1] if len(velocities) == 2 else None
+
+
+class CapturedPredict:
+    """`predict` for pictures without sources as one captured graph, over blocks that stay where they are.
+
+    For steps that the device is done with before the host has launched them. What the graph reads lies at fixed places,
+    where each call puts it; what it found is overwritten by the next call.
+    """
+
+    def __init__(self, stem: Stem, blocks: Sequence[DitBlock], latents: Tensor, given: Conditioning) -> None:
+        self._stem, self._blocks = stem, blocks
+        self._latents, self._given = latents.clone(), given.at(0).clone()
+        self._found: tuple[Tensor, Tensor | None]
+        self._replay = devices.capture(latents.device, self._predict)
+
+    def _predict(self) -> None:
+        self._found = predict(self._stem, self._blocks, self._latents, 0, self._given)
+
+    def __call__(self, latents: Tensor, step: int, given: Conditioning) -> tuple[Tensor, Tensor | None]:
+        self._latents.copy_(latents)
+        self._given.copy_(given.at(step))
+        self._replay()
+        return self._found
 
 
 def condition_keys_values(
@@ -298,19 +347,18 @@ def condition_keys_values(
     blocks: Iterable[DitBlock],
     latents: Tensor,
     prior: Tensor,
-    modulation: Sequence[Tensor],
+    modulation: Tensor,
     rope: tuple[Tensor, Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
     """A source picture, latents [C, H, W], once through the model without text: its keys and values a block.
 
-    `prior` [N, width] are its projected codes and `modulation` the tables at timestep 0 and its own size (row 0 is
-    used).
+    `prior` [N, width] are its projected codes, `modulation` [blocks, 6, 2, width] is at timestep 0 and its own size.
     """
     tokens = stem.image(latents) + prior
     packing = Packing(0, tokens.shape[0], None)
     found = []
     for index, block in enumerate(blocks):
-        keys, values = block.attend(tokens, packing, modulation[index][0], rope, None)
-        block.transform(tokens, packing, modulation[index][0])
+        keys, values = block.attend(tokens, packing, modulation[index], rope, None)
+        block.transform(tokens, packing, modulation[index])
         found.append((keys.contiguous(), values.contiguous()))  # out of the queries' company
     return found

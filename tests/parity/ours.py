@@ -222,7 +222,7 @@ class Runtime:
             table = dit.adaln_table(parts.dit_adaln, self._time_embedding(latents, 0, None))
             rope = dit.rope_tables(config, *self._grid(latents), CPU)
             prior = stem.prior(parts.embed_prior(ids[0]))
-            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents[0], prior, table, rope))
+            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents[0], prior, table[:, 0], rope))
         return [
             (torch.cat([keys for keys, _ in block], dim=1), torch.cat([values for _, values in block], dim=1))
             for block in zip(*found, strict=True)

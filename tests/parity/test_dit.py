@@ -188,3 +188,20 @@ def test_int8_products_through_the_kernels(
     assert 1e-4 < error / float(floats.square().mean().sqrt()) < 0.05
     assert float((kernels - floats).square().mean().sqrt()) <= 1.2 * error
     assert float((kernels - plain).square().mean().sqrt()) <= 0.5 * error
+
+
+@torch.inference_mode()
+def test_a_captured_step_takes_what_each_call_brings(runtime: Runtimes) -> None:
+    """Other latents, codes, glyphs and times of the same shapes, through what the first picture was captured with."""
+    ours = runtime("base")
+    stem, blocks = ours.parts.dit_stem.single(), list(ours.parts.dit_blocks)
+    captured = None
+    for seed, timestep in enumerate((499, 20, 999)):
+        latents, glyphs, ids = inputs("base", 3, 5, 4, seed=seed)
+        given = ours.conditioning(latents, glyphs, inputs("base", 3, 5, 2, seed=seed + 9)[1], ids, timestep)
+        captured = captured or dit.CapturedPredict(stem, blocks, latents[0], given)
+        wanted = dit.predict(stem, blocks, latents[0], 0, given)
+        for found, expected in zip(captured(latents[0], 0, given), wanted, strict=True):
+            assert found is not None
+            assert expected is not None
+            assert torch.equal(found, expected)
