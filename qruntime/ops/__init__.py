@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from .. import device as devices
 from ..errors import InputError
-from . import reference, torch_int4
+from . import attention_backend, reference, torch_int4
 from .backend import uses_triton
 from .dit_block import (
     add_gated_int8_rows,
@@ -78,10 +79,15 @@ MPS_MAX_KEYS = 32766  # longer sums are silently wrong on some Apple chips
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """As `reference.attention`; on MPS a chunk of queries at a time, since scores are materialised there.
+    """As `reference.attention`; on CUDA by the backend that the table names, on MPS a chunk of queries at a time, since
+    scores are materialised there.
 
     Raises `InputError` for more keys than MPS sums rightly.
     """
+    capability = devices.compute_capability(query.device)
+    if capability is not None:
+        with sdpa_kernel(attention_backend.order(capability), set_priority=True):
+            return _attention(query, key, value, mask)
     if devices.kind(query.device) != "mps":
         return _attention(query, key, value, mask)
     heads, queries, keys = query.shape[0], query.shape[1], key.shape[1]

@@ -35,11 +35,11 @@ _TILES: dict[tuple[int, int], Tiles] = {
     (8, 0): Tiles(128, 128, 64, 8, 3),
     (8, 6): Tiles(128, 128, 64, 8, 3),
     (8, 9): Tiles(128, 128, 64, 8, 3),
-    (9, 0): Tiles(128, 256, 128, 8, 3, descriptors=True),
+    (9, 0): Tiles(128, 256, 128, 8, 4, descriptors=True),
     (10, 0): Tiles(128, 128, 128, 8, 3, descriptors=True),
     (12, 0): Tiles(128, 128, 64, 8, 3),
 }
-_GROUP = 8  # tiles of rows that are computed together, so that the weights' columns stay in the L2 cache
+_GROUP = 16  # tiles of rows that are computed together, so that the weights' columns stay in the L2 cache
 
 
 def tiles_for(capability: tuple[int, int] | None) -> Tiles:

@@ -100,14 +100,10 @@ def _row_size(width: int) -> int:
     return max(_BLOCK, triton.next_power_of_2(width))
 
 
-def _warps(size: int) -> int:
-    return min(16, max(4, size // 1024))  # 32 values a thread
-
-
 def quantize(x: Tensor, q: Tensor, q_scale: Tensor, rotation: int) -> None:
     """Rotate and quantise each row of x [M, K] into q int8 [M, K] and q_scale float32 [M]."""
     size = _row_size(x.shape[1])
-    _quantize_kernel[(x.shape[0],)](x, q, q_scale, x.shape[1], SIZE=size, ROTATION=rotation, num_warps=_warps(size))
+    _quantize_kernel[(x.shape[0],)](x, q, q_scale, x.shape[1], SIZE=size, ROTATION=rotation)
 
 
 def norm_quantize(
@@ -131,7 +127,6 @@ def norm_quantize(
         image_rows.stop,
         SIZE=size,
         ROTATION=rotation,
-        num_warps=_warps(size),
     )
     return q, q_scale
 
