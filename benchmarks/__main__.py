@@ -30,6 +30,8 @@ from .models import FULL, TINY, Models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+REPORT = RESULTS / "report"
+README = ROOT / "README.md"
 TINY_SIZE, TINY_STEPS = "256x256", 10
 
 
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="Markdown tables, charts and one HTML page")
     report.add_argument("files", nargs="*", type=Path, help="results files (all of benchmarks/results)")
     report.add_argument("--out", type=Path, default=Path("build/bench/report"), help="folder (%(default)s)")
+    report.add_argument("--readme", action="store_true", help="of all results, beside them, and in the README")
     report.set_defaults(run=_report)
     return parser
 
@@ -115,10 +118,17 @@ def _compare(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _report(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    from .report import write
+    from .report import readme_section, with_section, write
 
-    files = args.files or sorted(RESULTS.glob("*.json"))
-    written = write({path.stem: resultfile.load(path) for path in files}, args.out)
+    if args.readme and args.files:
+        raise InputError("the README is made of all results", "give --readme and no files")
+    paths = args.files or sorted(RESULTS.glob("*.json"))
+    files = {path.stem: resultfile.load(path) for path in paths}
+    written = write(files, REPORT if args.readme else args.out)
+    if args.readme:
+        section = readme_section(files, REPORT.relative_to(ROOT).as_posix())
+        README.write_text(with_section(README.read_text("utf-8"), section), "utf-8")
+        written.append(README)
     return 0, {"files": [str(path) for path in written]}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fidelity, resultfile
-from benchmarks.report import pictures
+from benchmarks.__main__ import REPORT
+from benchmarks.report import BEGIN, END, readme_section
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -21,10 +22,17 @@ def _rows() -> list[dict]:
     return [row for path in RESULTS for row in resultfile.load(path)["rows"]]
 
 
-def test_the_table_of_measurements_is_the_one_that_the_results_files_make():
-    table = pictures(resultfile.load(path) for path in RESULTS)
-    assert len(table.rows) >= 2
-    assert table.markdown() in README
+def test_what_is_measured_is_what_the_results_files_make():
+    files = {path.stem: resultfile.load(path) for path in RESULTS}
+    section = readme_section(files, REPORT.relative_to(ROOT).as_posix())
+    assert f"{BEGIN}\n\n{section}\n\n{END}" in README
+    assert section.count("| 1024x1024 | qruntime ") >= 2
+
+
+def test_every_picture_of_the_readme_is_there():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
 
 
 def test_the_table_of_fidelity_is_the_one_that_its_results_file_makes():
