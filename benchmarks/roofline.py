@@ -34,7 +34,7 @@ COPY, BF16, INT8, HOST = (
 )
 _AR, _DIT, _VAE, _GLYPH = "vision_language_encoder", "transformer", "vae", "text_encoder"
 _ELEMENT_BYTES = 2  # of keys and values
-_BATCH = 4  # rows of a draft of four pictures at once
+_BATCHES = (4, 8)  # rows of drafts of several pictures at once
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Roofline:
         stem |= {"glyph_in": text, "glyph_out": text, "prior_in": extent.image, "prior_out": extent.image}
         found: dict[tuple[int, int, int, Scheme], Product] = {}
         for component, kinds in (
-            (_AR, {"layer": (1, _BATCH, extent.prompt), "head": (1, _BATCH), "vision.block": (cells,)}),
+            (_AR, {"layer": (1, *_BATCHES, extent.prompt), "head": (1, *_BATCHES), "vision.block": (cells,)}),
             (_DIT, {"block": (rows,), "adaln": (extent.steps,), "stem": (extent.steps,)}),
             (_GLYPH, {"encoder": (text,)}),
         ):

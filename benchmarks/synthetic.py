@@ -127,9 +127,11 @@ def _fill_levels(scheme: Scheme, parts: Mapping[str, Tensor], generator: torch.G
         scale.copy_(jitter / (_INT8_DEVIATION * math.sqrt(q.shape[1])))
 
 
-def random_linear(n: int, k: int, scheme: Scheme, dtype: torch.dtype, generator: torch.Generator) -> Linear:
-    """A product of these sizes on the generator's device, ready to run as the loader would leave it."""
-    spec = BlockSpec("alone", "alone", "", (LinearSpec("w", ("w",), (n,), k, bias=False),))
+def random_linear(
+    n: int, k: int, scheme: Scheme, dtype: torch.dtype, generator: torch.Generator, bias: bool = False
+) -> Linear:
+    """A product of these sizes on the generator's device, ready to run as the loader would leave it. A bias is zero."""
+    spec = BlockSpec("alone", "alone", "", (LinearSpec("w", ("w",), (n,), k, bias=bias),))
     plain = "BF16" if dtype == torch.bfloat16 else "F32"
     layout = block_layout(spec, lambda _: scheme, plain)
     stored = Weights(spec, layout, random_block(spec, layout, generator), torch.float32)

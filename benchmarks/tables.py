@@ -225,6 +225,7 @@ def kernels(results: Results) -> Table:
         "product": lambda row: row["case"].split()[1],
         "rows x N x K": lambda row: row["case"].split()[2].replace("x", " x "),
         "stored as": lambda row: f"`{row['scheme']}`",
+        "with it": lambda row: row["with_it"],
         "median": lambda row: fine(row["seconds"]),
         "GB/s": lambda row: f"{row['bytes_per_s'] / 1e9:.3g}",
         "TOP/s": lambda row: f"{row['operations_per_s'] / 1e12:.3g}",
@@ -232,8 +233,12 @@ def kernels(results: Results) -> Table:
             f"{100 * row['floor_seconds'] / row['seconds']:.0f} %" if row["floor_seconds"] else ""
         ),
     }
-    note = "Weights in turn, so that they come from memory. The ceiling is that of memory or arithmetic, the lower one."
-    return Table.of("Products", note, columns, rows, 3)
+    note = (
+        "Weights in turn, so that they come from memory. The time is that of the model's call, which does more than "
+        "the product where it is said; the ceiling is that of memory or arithmetic, the lower one, for the product "
+        "alone. Products in bf16 are torch's own."
+    )
+    return Table.of("Products", note, columns, rows, 4)
 
 
 def others(results: Results) -> Table:

@@ -59,7 +59,7 @@ class Ours:
         return max(first[0] - again[0], 0.0)
 
     def warm(self, inputs: Inputs) -> None:
-        self._until(inputs, lambda progress: progress.stage == "draft" and progress.done > 0)
+        self._until(inputs, _a_code)
         self._call(inputs, num_inference_steps=2, prior_token_ids=self._codes(inputs))
 
     def draw(self, inputs: Inputs) -> Drawn:
@@ -79,12 +79,13 @@ class Ours:
         source = Image.linear_gradient("L").resize((side, side))
         edit = replace(inputs, prompt=prompt_of(words, inputs.tokenizer), sources=(source,))
         samples = Parts()
-        for _ in range(_TIMES):
-            few, short = self._draft(edit, MIN_SIDE, MIN_SIDE)
-            many, whole = self._draft(inputs, inputs.case.height, inputs.case.width)
+        few, short_s = self._drafts(edit, MIN_SIDE, MIN_SIDE)
+        many, whole_s = self._drafts(inputs, inputs.case.height, inputs.case.width)
+        for short, whole in zip(short_s, whole_s, strict=True):
             token = (whole - short) / (many - few)
             samples.token.append(token)
             samples.prefill.append(max(short - (few - 1) * token, 0.0))
+        for _ in range(_TIMES):
             marks = Marks(self._device)
             out = self._call(
                 inputs,
@@ -102,6 +103,15 @@ class Ours:
 
     def _smallest(self) -> None:
         self._pipe("", height=MIN_SIDE, width=MIN_SIDE, num_inference_steps=1, seed=0)
+
+    def _drafts(self, inputs: Inputs, height: int, width: int) -> tuple[int, list[float]]:
+        """How many codes a picture of this size has, and the seconds of some drafts of it.
+
+        They follow each other and a beginning: what is captured for one size may go when another is drafted.
+        """
+        self._until(inputs, _a_code, height=height, width=width)
+        drafts = [self._draft(inputs, height, width) for _ in range(_TIMES)]
+        return drafts[0][0], [seconds for _, seconds in drafts]
 
     def _draft(self, inputs: Inputs, height: int, width: int) -> tuple[int, float]:
         """Codes and seconds of the draft stage alone, for a picture of this size."""
@@ -139,6 +149,10 @@ class Ours:
             "seed": 0,
         }
         return self._pipe(inputs.prompt, image=list(inputs.sources) or None, **{**arguments, **more})
+
+
+def _a_code(progress: Progress) -> bool:
+    return progress.stage == "draft" and progress.done > 0
 
 
 def _stages(out: PipelineOutput) -> dict[str, Stage]:
