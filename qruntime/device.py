@@ -91,6 +91,11 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def memory_bytes(device: torch.device) -> tuple[int, int] | None:
     """(free, total) bytes of device memory as the driver sees them, or None where memory is the host's."""
     if device.type == "cuda":

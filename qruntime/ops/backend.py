@@ -15,6 +15,8 @@ from .. import device as devices
 
 OLDEST_TRITON = (3, 5)  # what the oldest supported torch brings is 3.6
 OLDEST_CAPABILITY = (8, 0)
+GLUON_TRITON = ((3, 6), (3, 7))  # Gluon changes between releases; these its kernels were tried with
+GLUON_CAPABILITY = (9, 0)  # the only one with the matrix instructions of Hopper
 
 
 @lru_cache(maxsize=1)
@@ -33,3 +35,8 @@ def uses_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bo
         return False
     capability, found = devices.compute_capability(device), triton_version()
     return capability is not None and capability >= OLDEST_CAPABILITY and found is not None and found >= OLDEST_TRITON
+
+
+def uses_gluon(device: torch.device) -> bool:
+    """Whether the kernels in Gluon run, where those in Triton do."""
+    return devices.compute_capability(device) == GLUON_CAPABILITY and triton_version() in GLUON_TRITON

@@ -63,10 +63,9 @@ def linear_int8_rows(x: Int8Rows, q: Tensor, scale: Tensor, bias: Tensor, *, gel
     if not backend.uses_triton(q.device, bias.dtype):
         y = reference.linear_int8_rows(x, q, scale, bias)
         return (torch.nn.functional.gelu(y, approximate="tanh") if gelu else y).to(bias.dtype)
-    from . import triton_int8
-
-    tiles = triton_int8.tiles_for(devices.compute_capability(q.device))
-    return triton_int8.product(x.levels, x.scale, q, scale, bias, tiles, gelu=gelu)
+    out = torch.empty(x.levels.shape[0], q.shape[0], dtype=bias.dtype, device=q.device)
+    _launch(x, q, scale, bias, bias, out, slice(0, 0), gelu=gelu)
+    return out
 
 
 def add_gated_int8_rows(
@@ -76,9 +75,29 @@ def add_gated_int8_rows(
     if not backend.uses_triton(q.device, bias.dtype):
         reference.add_gated(tokens, reference.linear_int8_rows(x, q, scale, bias).to(tokens.dtype), gate, image_rows)
         return
+    _launch(x, q, scale, bias, gate, tokens, image_rows, gated=True)
+
+
+def _launch(
+    x: Int8Rows,
+    q: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    gate: Tensor,
+    out: Tensor,
+    image_rows: slice,
+    *,
+    gelu: bool = False,
+    gated: bool = False,
+) -> None:
+    """The product by the fastest kernel there is; see `triton_int8.launch`."""
+    n, k = q.shape
+    operands = x.levels, x.scale, q, scale, bias, gate, out, image_rows
+    if backend.uses_gluon(q.device) and n % 8 == 0 and k % 16 == 0:  # what it fetches and stores starts on 16 bytes
+        from . import gluon_int8
+
+        gluon_int8.launch(*operands, devices.processors(q.device), gelu=gelu, gated=gated)
+        return
     from . import triton_int8
 
-    tiles = triton_int8.tiles_for(devices.compute_capability(q.device))
-    triton_int8.product_gated(
-        x.levels, x.scale, q, scale, bias, tiles, gate=gate, residual=tokens, image_rows=image_rows
-    )
+    triton_int8.launch(*operands, triton_int8.tiles_for(devices.compute_capability(q.device)), gelu=gelu, gated=gated)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-PLAIN, GELU, GATED = (tl.constexpr(value) for value in range(3))
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,8 @@ def _finish(
     n,
     image_start,
     image_stop,
-    EPILOGUE: tl.constexpr,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """What follows the int32 sums [rows, columns] of a product."""
     in_columns = columns < n
@@ -78,9 +76,9 @@ def _finish(
     y = y + tl.load(bias + columns, in_columns, 0).to(tl.float32)[None, :]
     inside = (rows < m)[:, None] & in_columns[None, :]
     place = out + rows.to(tl.int64)[:, None] * n + columns[None, :]
-    if EPILOGUE == GELU:
+    if GELU:
         y = _gelu_tanh(y)
-    if EPILOGUE == GATED:
+    if GATED:
         is_image = (rows >= image_start) & (rows < image_stop)
         of_image = tl.load(gate + columns, in_columns, 0).to(tl.float32)
         of_text = tl.load(gate + n + columns, in_columns, 0).to(tl.float32)
@@ -102,7 +100,8 @@ def _product_kernel(
     k,
     image_start,
     image_stop,
-    EPILOGUE: tl.constexpr,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,7 +109,7 @@ def _product_kernel(
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """One tile of `out` [m, n] from x [m, k] and weight [n, k]; see `product` and `product_gated`."""
+    """One tile of `out` [m, n] from x [m, k] and weight [n, k]; see `launch`."""
     program = tl.program_id(0)
     row_tiles, column_tiles = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
     group = program // (GROUP * column_tiles)
@@ -141,18 +140,27 @@ def _product_kernel(
 
     # Half of the columns at a time: the whole tile in float32 beside its sums does not fit the registers.
     half: tl.constexpr = COLUMNS // 2
-    left_sums, right_sums = total.reshape(ROWS, 2, half).permute(0, 2, 1).split()
-    left_columns = column + tl.arange(0, half)
-    _finish(
-        left_sums, rows, left_columns, x_scale, weight_scale, bias, gate, out, m, n, image_start, image_stop, EPILOGUE
-    )
-    right_columns = left_columns + half
-    _finish(
-        right_sums, rows, right_columns, x_scale, weight_scale, bias, gate, out, m, n, image_start, image_stop, EPILOGUE
-    )
+    halves = total.reshape(ROWS, 2, half).permute(0, 2, 1).split()
+    for side in tl.static_range(2):
+        _finish(
+            halves[side],
+            rows,
+            column + side * half + tl.arange(0, half),
+            x_scale,
+            weight_scale,
+            bias,
+            gate,
+            out,
+            m,
+            n,
+            image_start,
+            image_stop,
+            GELU,
+            GATED,
+        )
 
 
-def _launch(
+def launch(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
@@ -160,19 +168,26 @@ def _launch(
     bias: Tensor,
     gate: Tensor,
     out: Tensor,
-    image_rows: tuple[int, int],
-    epilogue: int,
+    image_rows: slice,
     tiles: Tiles,
+    *,
+    gelu: bool = False,
+    gated: bool = False,
 ) -> None:
-    m, k = x.shape
-    n = weight.shape[0]
-    left, right = x, weight
+    """x int8 [M, K] (times x_scale float32 [M]) times weight int8 [N, K] (times weight_scale float32 [N]) transposed,
+    plus bias [N], into `out` [M, N].
+
+    With `gelu` through a tanh GELU. With `gated` times gate [2, N], row 0 in `image_rows` and row 1 elsewhere, and
+    added to what `out` holds; else `gate` is not read.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    left: Tensor | TensorDescriptor = x
+    right: Tensor | TensorDescriptor = weight
     descriptors = tiles.descriptors and k % 16 == 0  # rows must start on 16 bytes
     if descriptors:
         left = TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth])
         right = TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth])
-    grid = (triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)
-    _product_kernel[grid](
+    _product_kernel[(triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
         left,
         x_scale,
         right,
@@ -183,8 +198,10 @@ def _launch(
         m,
         n,
         k,
-        *image_rows,
-        EPILOGUE=epilogue,
+        image_rows.start,
+        image_rows.stop,
+        GELU=gelu,
+        GATED=gated,
         DESCRIPTORS=descriptors,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
@@ -194,31 +211,3 @@ def _launch(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-
-
-def product(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, tiles: Tiles, *, gelu: bool = False
-) -> Tensor:
-    """x int8 [M, K] (times x_scale float32 [M]) times weight int8 [N, K] (times weight_scale float32 [N]) transposed,
-    plus bias [N], through a tanh GELU if asked: [M, N] in the bias's dtype."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=bias.dtype, device=x.device)
-    epilogue = GELU.value if gelu else PLAIN.value
-    _launch(x, x_scale, weight, weight_scale, bias, bias, out, (0, 0), epilogue, tiles)
-    return out
-
-
-def product_gated(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-    tiles: Tiles,
-    *,
-    gate: Tensor,
-    residual: Tensor,
-    image_rows: slice,
-) -> None:
-    """residual [M, N] += gate * (the product), in place; row 0 of gate [2, N] in `image_rows`, row 1 elsewhere."""
-    rows = image_rows.start, image_rows.stop
-    _launch(x, x_scale, weight, weight_scale, bias, gate, residual, rows, GATED.value, tiles)
