@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qruntime import device as devices
+from qruntime import ops
 from qruntime.quant.fused import FusedLinear
 from qruntime.quant.linear import Linear
 from qruntime.quant.scheme import PLAIN
@@ -82,7 +83,11 @@ def _measure(product: Product, device: torch.device, dtype: torch.dtype) -> list
 
 def with_it(product: Product) -> str:
     """What is measured beside the product itself."""
-    return "" if product.scheme == PLAIN else _WITH_IT.get(product.name, "")
+    if product.scheme == PLAIN:
+        return ""
+    if product.name == "layer.qkv" and product.m > ops.MAX_ROWS:
+        return BIAS  # a prompt's queries, keys and values; a token's sums are added where they are turned
+    return _WITH_IT.get(product.name, "")
 
 
 def use(product: Product, linear: Linear, x: torch.Tensor) -> Callable[[], torch.Tensor]:

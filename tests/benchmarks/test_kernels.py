@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +13,12 @@ from torch import Tensor
 
 from benchmarks import kernels
 from benchmarks.roofline import Extent, Product, Roofline
-from benchmarks.synthetic import random_linear
+from benchmarks.synthetic import random_linear, write_converted
 from qruntime import ops
 from qruntime.checkpoint.synthetic import configs
+from qruntime.pipeline import GlmImagePipeline
+from qruntime.quant.fused import FusedLinear
+from qruntime.quant.linear import Linear
 from qruntime.quant.quantize import dequantize
 from qruntime.quant.scheme import PLAIN, Scheme
 
@@ -60,6 +67,33 @@ def test_the_time_is_of_a_call_that_does_what_is_said(
     error = (found - wanted).norm() / wanted.norm()
     assert error < (0.02 if w8a8 else 1e-5)  # of int8 activations
     assert (kernels.with_it(product) == "") == (scheme == PLAIN or name.startswith("vision"))
+
+
+def test_the_model_makes_the_calls_that_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: set[tuple[str, Scheme, int, int]] = set()
+
+    def spy(owner: type, method: str, what: Callable[[dict[str, Any]], str]) -> None:
+        real = getattr(owner, method)
+
+        def call(self: Any, *args: Any, **options: Any) -> Any:
+            linear = self._linear if isinstance(self, FusedLinear) else self
+            n, columns = linear.parts[".q"].shape
+            k = 2 * columns if linear.scheme.kind == "int4" else columns
+            seen.add((what(options), linear.scheme, n, k))
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(owner, method, call)
+
+    spy(Linear, "sums", lambda options: kernels.SUMS)
+    spy(Linear, "gated", lambda options: kernels.GATED_UNIT)
+    spy(FusedLinear, "__call__", lambda options: kernels.GELU if options.get("gelu") else kernels.BIAS)
+    spy(FusedLinear, "add_gated", lambda options: kernels.RESIDUAL)
+    folder = write_converted(tmp_path / "made", "balanced", full_size=False)
+    GlmImagePipeline.from_pretrained(folder, device="cpu")("", height=64, width=64, num_inference_steps=1, seed=0)
+    products = Roofline.of_folder(folder, "balanced").products(Extent(30, 8, 16, 6, 1, (8, 8), 1, 1, 0))
+    timed = {(kernels.with_it(p), p.scheme, p.n, p.k) for p in products if kernels.with_it(p) and p.name != "layer.qkv"}
+    assert len(timed) == 8  # of a layer, the head and a block; a token's own queries and keys are turned on CUDA alone
+    assert timed == seen
 
 
 def test_every_quantised_product_of_a_token_and_of_a_step_is_known_by_what_is_behind_it() -> None:
