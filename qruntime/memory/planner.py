@@ -34,7 +34,7 @@ _SCAFFOLD_TOKENS = 64  # around the text of a prompt
 
 # Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
 # benchmarks/LOG.md.
-_DENOISE_WIDTHS = 22  # tensors of [sequence, width] alive at the worst moment of a block
+_DENOISE_WIDTHS = 13  # tensors of [sequence, width] alive at the worst moment of a block; 8 where its kernels run
 _VISION_WIDTHS = 16
 
 
@@ -234,10 +234,12 @@ def _denoise_working(
     row = config.width * sizes.element_bytes
     passes = 2 if request.guided else 1
     sequence = passes * (tokens(request.height, request.width) + _prompt_tokens(request))
-    condition = 2 * config.num_layers * sum(tokens(*side) for side in sides)  # rows of keys and values
+    sources = sum(tokens(*side) for side in sides)
+    condition = 2 * config.num_layers * sources  # rows of keys and values
+    joined = 2 * (sources + sequence) if sides else 0  # those of a block with its own
     priors = request.num_images_per_prompt * tokens(request.height, request.width)  # each picture has its own
     tables = config.num_layers * (request.num_inference_steps + len(sides)) * CHUNKS
-    return (sequence * _DENOISE_WIDTHS + condition + priors + tables) * row + sizes.dequantized_bytes
+    return (sequence * _DENOISE_WIDTHS + condition + joined + priors + tables) * row + sizes.dequantized_bytes
 
 
 def _vae_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:

@@ -306,17 +306,21 @@ def predict(
 ) -> tuple[Tensor, Tensor | None]:
     """The velocity of latents [C, H, W] at `step`: conditional and, with guidance, unconditional, both [C, H, W]."""
     _, height, width = latents.shape
-    image = stem.image(latents)
-    parts = [given.cond_text, image + given.cond_prior]
-    if given.uncond_text is not None and given.uncond_prior is not None:
-        parts += [image + given.uncond_prior, given.uncond_text]
-    packing, tokens = given.packing, torch.cat(parts)
+    packing, tokens = given.packing, _packed(stem.image(latents), given)
     for index, block in enumerate(blocks):
         condition = given.condition[index] if given.condition is not None else None
         block(tokens, packing, given.modulation[index, step], given.rope, condition)
-    images = tokens[packing.image_rows].split(image.shape[0])
+    images = tokens[packing.image_rows].split(packing.image)
     velocities = [stem.velocity(image, given.final_modulation[step], height, width) for image in images]
     return velocities[0], velocities[1] if len(velocities) == 2 else None
+
+
+def _packed(image: Tensor, given: Conditioning) -> Tensor:
+    """Image tokens [N, width] with their priors and between their texts, for each pass: [S, width]."""
+    parts = [given.cond_text, image + given.cond_prior]
+    if given.uncond_text is not None and given.uncond_prior is not None:
+        parts += [image + given.uncond_prior, given.uncond_text]
+    return torch.cat(parts)
 
 
 class CapturedPredict:
