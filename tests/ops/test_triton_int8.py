@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -141,3 +144,62 @@ def test_every_capability_that_runs_triton_has_tiles() -> None:
     assert triton_int8.tiles_for((8, 7)) == triton_int8.tiles_for((8, 6))
     assert triton_int8.tiles_for((99, 9)) == triton_int8.tiles_for((12, 0))
     assert not oldest.descriptors  # which came with 9.0
+
+
+@pytest.mark.skipif(not backend.uses_gluon(DEVICE), reason="no Hopper GPU, or a Triton that Gluon was not tried with")
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (129, 264, 192), (300, 1000, 4096), (2111, 520, 16384)])
+def test_gluon(m: int, n: int, k: int) -> None:
+    """The kernels for Hopper, into memory that holds NaN where they do not write."""
+    from qruntime.ops import gluon_int8
+
+    operands = Operands(m, n, k, torch.bfloat16)
+    given = *operands.quantised_x, *operands.quantised_weight, operands.bias, operands.gate
+    processors, image_rows = devices.processors(DEVICE), slice(m // 3, 2 * m // 3)
+    for gelu in (False, True):
+        out = torch.full_like(operands.tokens, float("nan"))
+        gluon_int8.launch(*given, out, slice(0, 0), processors, gelu=gelu)
+        wanted = F.gelu(operands.product, approximate="tanh") if gelu else operands.product
+        assert error(out, wanted) <= ROUNDING[torch.bfloat16]
+    kind = torch.ones(m, dtype=torch.long, device=DEVICE)
+    kind[image_rows] = 0
+    out = operands.tokens.clone()
+    gluon_int8.launch(*given, out, image_rows, processors, gated=True)
+    wanted = operands.tokens.double() + operands.gate.double()[kind] * operands.product
+    assert error(out, wanted) <= ROUNDING[torch.bfloat16]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from qruntime.ops import gluon_int8
+
+def tiles(name, rows, columns, dtype):
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+    return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
+
+kernel = gluon_int8._product_kernel
+constants = {"GELU": False, "GATED": True, "GROUP": 8, "STAGES": 4, "PARTS": 4}
+types = {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "gate": "*bf16", "out": "*bf16"}
+types |= {"x": tiles("i8", 128, 128, gl.int8), "weight": tiles("i8", 256, 128, gl.int8)}
+types |= {"out_tiles": tiles("bf16", 128, 64, gl.bfloat16)}
+signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+made = triton.compile(
+    GluonASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
+)
+assert made.metadata.shared <= 227 * 1024
+assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in made.asm["ptx"]
+"""
+
+
+def test_gluon_compiles_for_hopper_here_too() -> None:
+    """Where there is no such GPU, at least that this Triton takes the kernel and that it fits the shared memory."""
+    if backend.triton_version() not in backend.GLUON_TRITON:
+        pytest.skip("a Triton that Gluon was not tried with")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
