@@ -42,7 +42,6 @@ T = TypeVar("T")
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 AUTO_MARGIN_BYTES = GB // 2  # left to other programs when the budget is what is free
-MAX_CAPTURED_ROWS = 4096  # packed tokens of a denoising step that is captured: twice those of 512 x 512
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -412,7 +411,7 @@ class GlmImagePipeline:
         parts, packing = self._parts, given.packing
         stem, blocks = parts.dit_stem.single(), parts.dit_blocks
         fixed = ops.uses_triton(self.device, self.dtype) and not blocks.streamed and given.condition is None
-        if not fixed or packing.rows > MAX_CAPTURED_ROWS:
+        if not fixed or packing.rows > dit.MAX_CAPTURED_ROWS:
             return partial(dit.predict, stem, blocks)
         key = packing, latents.shape
         return parts.keep("predict", key, lambda: dit.CapturedPredict(stem, list(blocks), latents, given))
@@ -428,8 +427,13 @@ class GlmImagePipeline:
         parts, config, request = self._parts, self.checkpoint.dit, job.request
         stem = parts.dit_stem.single()
         embeddings = stem.time_embedding(self._times(timesteps), request.height, request.width)
-        source_embeddings = [stem.time_embedding(self._times([0]), *s.picture.size[::-1]) for s in job.sources]
-        tables = dit.adaln_table(parts.dit_adaln, torch.cat([embeddings, *source_embeddings]))
+        sides = [source.picture.size[::-1] for source in job.sources]
+        source_embeddings = [stem.time_embedding(self._times([0]), *side) for side in sides]
+        tables = parts.keep(
+            "modulation",
+            (request.height, request.width, *timesteps, *sides),
+            lambda: dit.adaln_table(parts.dit_adaln, torch.cat([embeddings, *source_embeddings])),
+        )
         parts.dit_adaln.release()
         steps = len(timesteps)
         condition = self._condition(job, tables[:, steps:]) if job.sources else None

@@ -883,8 +883,8 @@ def test_a_budget_that_cannot_be_met_is_refused(official: Folder, loaded: list[s
 def test_the_largest_request_of_a_call_decides_the_plan(official: Folder) -> None:
     pipe = open_pipeline(official(), vram=100)
     plain, edited = (pipe.plan(asked(images)).peak_bytes for images in ((), ("a", "b")))
-    assert edited > plain
+    assert edited != plain  # no preview is drafted where there are sources, which take memory in turn
     for order in (1, -1):
         pictures = [[], [source(64, 64), source(64, 64)]][::order]
         out = quick(pipe, prompt=[PROMPT, PROMPT], image=pictures)
-        assert out.stats["predicted_bytes"] == edited
+        assert out.stats["predicted_bytes"] == max(plain, edited)

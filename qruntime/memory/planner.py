@@ -19,7 +19,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import MemoryBudgetError
 from ..models import vae
 from ..models.ar import cache_capacity
-from ..models.dit import CHUNKS
+from ..models.dit import CHUNKS, MAX_CAPTURED_ROWS
 from ..models.spec import block_layout
 from ..quant.scheme import DTYPE_BYTES
 from ..request import SIZE_MULTIPLE, GenerateRequest
@@ -91,15 +91,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a plan: bytes of weights held, and bytes of everything else at its worst moment."""
+    """One phase of a plan: bytes of weights held, bytes of everything else at its worst moment, and bytes that other
+    phases keep for the next picture."""
 
     name: str
     weights_bytes: int
     working_bytes: int
+    kept_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.weights_bytes + self.working_bytes
+        return self.weights_bytes + self.working_bytes + self.kept_bytes
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,12 @@ def _phases(
     if mode != "resident":
         return tuple(phases)
     everything = sizes.everything  # what another request loaded stays too
-    return tuple(Phase(phase.name, everything, phase.working_bytes) for phase in phases)
+    kept = {"draft": _cache_bytes(checkpoint, sizes, request, sides)}
+    kept["denoise"] = _table_bytes(checkpoint, sizes, request, sides) + _captured_bytes(checkpoint, sizes, request)
+    return tuple(
+        Phase(phase.name, everything, phase.working_bytes, sum(kept.values()) - kept.get(phase.name, 0))
+        for phase in phases
+    )
 
 
 def _prompt_tokens(request: GenerateRequest) -> int:
@@ -211,12 +218,21 @@ def _vision_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: in
     return tokens * checkpoint.ar.vision.hidden_size * _VISION_WIDTHS * sizes.element_bytes + distances + table
 
 
+def _read_tokens(request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
+    """At most so many tokens come before the first drafted one."""
+    return _prompt_tokens(request) + sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) + 2 for h, w in sides)
+
+
+def _cache_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
+    text = checkpoint.ar.text
+    capacity = cache_capacity(_read_tokens(request, sides) + request.draft_tokens)
+    return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
+
+
 def _draft_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
     text = checkpoint.ar.text
-    source_tokens = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) + 2 for h, w in sides)
-    prompt = _prompt_tokens(request) + source_tokens
-    capacity = cache_capacity(prompt + request.draft_tokens)
-    cache = 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
+    prompt = _read_tokens(request, sides)
+    cache = _cache_bytes(checkpoint, sizes, request, sides)
     prefill = prompt * (6 * text.hidden_size + 6 * text.intermediate_size) * sizes.element_bytes
     scores = text.num_heads * prompt * cache_capacity(prompt) * sizes.element_bytes
     return cache + prefill + scores + sizes.dequantized_bytes
@@ -226,20 +242,39 @@ def _denoise_working(
     checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]
 ) -> int:
     config = checkpoint.dit
-
-    def tokens(height: int, width: int) -> int:
-        cell = config.patch_size * checkpoint.vae.scale_factor
-        return (height // cell) * (width // cell)
-
     row = config.width * sizes.element_bytes
-    passes = 2 if request.guided else 1
-    sequence = passes * (tokens(request.height, request.width) + _prompt_tokens(request))
-    sources = sum(tokens(*side) for side in sides)
+    sequence = _sequence(checkpoint, request)
+    sources = sum(_image_tokens(checkpoint, *side) for side in sides)
     condition = 2 * config.num_layers * sources  # rows of keys and values
     joined = 2 * (sources + sequence) if sides else 0  # those of a block with its own
-    priors = request.num_images_per_prompt * tokens(request.height, request.width)  # each picture has its own
-    tables = config.num_layers * (request.num_inference_steps + len(sides)) * CHUNKS
-    return (sequence * _DENOISE_WIDTHS + condition + joined + priors + tables) * row + sizes.dequantized_bytes
+    priors = request.num_images_per_prompt * _image_tokens(checkpoint, request.height, request.width)  # each its own
+    tables = _table_bytes(checkpoint, sizes, request, sides)
+    return (sequence * _DENOISE_WIDTHS + condition + joined + priors) * row + tables + sizes.dequantized_bytes
+
+
+def _image_tokens(checkpoint: Checkpoint, height: int, width: int) -> int:
+    cell = checkpoint.dit.patch_size * checkpoint.vae.scale_factor
+    return (height // cell) * (width // cell)
+
+
+def _sequence(checkpoint: Checkpoint, request: GenerateRequest) -> int:
+    """Rows of the packed sequence."""
+    passes = 2 if request.guided else 1
+    return passes * (_image_tokens(checkpoint, request.height, request.width) + _prompt_tokens(request))
+
+
+def _table_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
+    """The modulation of every block and step."""
+    config = checkpoint.dit
+    steps = request.num_inference_steps + len(sides)
+    return config.num_layers * steps * CHUNKS * config.width * sizes.element_bytes
+
+
+def _captured_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
+    """What a captured step works in, of this request or of one like it without sources."""
+    sequence = _sequence(checkpoint, request)
+    rows = sequence if sequence <= MAX_CAPTURED_ROWS else 0
+    return rows * _DENOISE_WIDTHS * checkpoint.dit.width * sizes.element_bytes
 
 
 def _vae_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:

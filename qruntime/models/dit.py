@@ -36,6 +36,7 @@ ROPE_THETA = 10000.0
 _EMBEDDING_PERIOD = 10000  # of the sinusoidal embeddings of timestep and size
 CHUNKS = 12  # AdaLN outputs a block: shift, scale, gate of attention, then of the MLP, each for image and text tokens
 _PER_HALF = 3
+MAX_CAPTURED_ROWS = 4096  # of a packed sequence: longer steps keep the device busy while the host launches
 
 
 def block_specs(config: DitConfig) -> list[BlockSpec]:

@@ -115,10 +115,15 @@ def test_a_peak_is_the_overhead_and_the_largest_phase(model: Model, dtype: str, 
     for each in plans:
         assert {phase.name for phase in each.phases} == (PHASES if request.images else PHASES - EDIT_PHASES)
         assert each.overhead_bytes == 12345
-        assert each.peak_bytes == 12345 + max(phase.weights_bytes + phase.working_bytes for phase in each.phases)
+        needed = [phase.weights_bytes + phase.working_bytes + phase.kept_bytes for phase in each.phases]
+        assert each.peak_bytes == 12345 + max(needed)
         assert all(phase.weights_bytes > 0 and phase.working_bytes > 0 for phase in each.phases)
     working = [[phase.working_bytes for phase in each.phases] for each in plans]
     assert working[0] == working[1] == working[2]  # where weights lie changes nothing about the work
+    resident, *others = ({phase.name: phase.kept_bytes for phase in each.phases} for each in plans)
+    assert not any(value for each in others for value in each.values())
+    assert 0 < resident["draft"] < resident["decode"] > resident["denoise"] > 0  # each phase keeps what is its own
+    assert resident["decode"] == resident["draft"] + resident["denoise"]
 
 
 @cases(share=st.floats(0.5, 1.5))
