@@ -22,6 +22,20 @@ def dot(a, b, acc):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
+@jit
+def prefetch(rows, NBYTES: tl.constexpr):
+    """Have the L2 cache fetch NBYTES, a multiple of 16, from where each of some pointers points."""
+    addresses = rows.to(tl.uint64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [addresses, tl.full(rows.shape, NBYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 def options(device: torch.device, warps: int) -> tuple[bool, dict[str, Any]]:
     """Whether a kernel may start while the one before it still runs, and what it is launched with.
 

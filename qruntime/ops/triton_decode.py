@@ -16,13 +16,14 @@ from torch import Tensor
 from .launch import dot, options
 
 CHUNK = 64  # cached positions that one program of the attention reads
-_HEADS_TILE = 16
+_HEADS_TILE = 16  # the least rows of a tensor-core tile
+_COMBINED = 64  # chunks that are combined at a time
 
 
 @triton.jit
 def _add_norm_kernel(
     hidden_ptr,
-    parts_ptr,
+    sums_ptr,
     branch_weight_ptr,
     weight_ptr,
     sum_ptr,
@@ -46,7 +47,7 @@ def _add_norm_kernel(
     if PARTS > 0:
         branch = tl.zeros((BLOCK,), tl.float32)
         for part in tl.static_range(PARTS):
-            branch += tl.load(parts_ptr + (part * M + m) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            branch += tl.load(sums_ptr + (part * M + m) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         branch *= tl.rsqrt(tl.sum(branch * branch) / WIDTH + eps)
         branch = branch_weight.to(tl.float32) * branch.to(weight.dtype).to(tl.float32)
         hidden = (hidden + branch.to(weight.dtype).to(tl.float32)).to(weight.dtype).to(tl.float32)
@@ -84,36 +85,41 @@ def add_norm(
 
 
 @triton.jit
-def _turned(
-    parts_ptr,
+def _load(sums_ptr, bias_ptr, M, m, at, WIDTH: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns `at` of row m of a product that lies in parts, float32, rounded as DTYPE."""
+    value = tl.load(sums_ptr + m * WIDTH + at).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(sums_ptr + (part * M + m) * WIDTH + at).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + at).to(tl.float32)
+    return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _load_turned(
+    sums_ptr,
     bias_ptr,
     M,
     m,
-    first,
-    column,
-    cos,
-    sin,
+    head_at,
+    cos_ptr,
+    sin_ptr,
+    row,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    TURNED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Heads of row m of a product that lies in parts, turned by RoPE: those that start at `first` [heads, 1], `column`
-    [1, head_dim]."""
-    half: tl.constexpr = TURNED // 2
-    partner_column = tl.where(column < half, column + half, tl.where(column < TURNED, column - half, column))
-    value = tl.zeros((first.shape[0], column.shape[1]), tl.float32)
-    partner = value
-    for part in tl.static_range(PARTS):
-        row = parts_ptr + (part * M + m) * WIDTH + first
-        value += tl.load(row + column).to(tl.float32)
-        partner += tl.load(row + partner_column).to(tl.float32)
-    if bias_ptr is not None:
-        value += tl.load(bias_ptr + first + column).to(tl.float32)
-        partner += tl.load(bias_ptr + first + partner_column).to(tl.float32)
-    value, partner = value.to(DTYPE).to(tl.float32), partner.to(DTYPE).to(tl.float32)
-    partner = tl.where(column < half, -partner, partner)
-    return tl.where(column < TURNED, value * cos + partner * sin, value).to(DTYPE)
+    """Heads that start at columns `head_at` [heads, 1], turned by row `row` of the tables: the halves that turn with
+    each other, [heads, HALF] each, and what does not turn, [heads, REST]."""
+    column = tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + row * 2 * HALF + column).to(tl.float32)
+    sin = tl.load(sin_ptr + row * 2 * HALF + column).to(tl.float32)
+    first = _load(sums_ptr, bias_ptr, M, m, head_at + column, WIDTH, PARTS, DTYPE)
+    second = _load(sums_ptr, bias_ptr, M, m, head_at + HALF + column, WIDTH, PARTS, DTYPE)
+    rest = _load(sums_ptr, bias_ptr, M, m, head_at + 2 * HALF + tl.arange(0, REST)[None, :], WIDTH, PARTS, DTYPE)
+    return (first * cos - second * sin).to(DTYPE), (second * cos + first * sin).to(DTYPE), rest.to(DTYPE)
 
 
 @triton.jit
@@ -130,27 +136,32 @@ def _rope_to_cache_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TURNED: tl.constexpr,
+    HALF: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One token of a prompt, all its heads."""
     s = tl.program_id(0).to(tl.int64)
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
+    REST: tl.constexpr = HEAD_DIM - 2 * HALF
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    head, column = tl.arange(0, TILE)[:, None], tl.arange(0, HEAD_DIM)[None, :]
-    angle = s * TURNED + tl.minimum(column, TURNED - 1)
-    cos, sin = tl.load(cos_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle).to(tl.float32)
-    first = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
-    turned = _turned(qkv_ptr, None, S, s, first, column, cos, sin, width, 1, TURNED, DTYPE)
-    plain = tl.load(qkv_ptr + s * width + first + column)
-    tl.store(query_ptr + (head * S + s) * HEAD_DIM + column, turned, mask=head < HEADS)
-    key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
-    at = (start + s) * HEAD_DIM + column
-    is_key = (key_head >= 0) & (value_head < 0)
-    tl.store(keys_ptr + key_head * capacity * HEAD_DIM + at, turned, mask=is_key)
-    tl.store(
-        values_ptr + value_head * capacity * HEAD_DIM + at, plain, mask=(value_head >= 0) & (value_head < KV_HEADS)
+    head = tl.arange(0, TILE)[:, None]
+    head_at = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
+    first, second, rest = _load_turned(
+        qkv_ptr, None, S, s, head_at, cos_ptr, sin_ptr, s, width, 1, HALF, REST, DTYPE
     )
+    is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+    query = query_ptr + (head * S + s) * HEAD_DIM
+    key = keys_ptr + ((head - HEADS) * capacity + start + s) * HEAD_DIM
+    value = values_ptr + ((head - HEADS - KV_HEADS) * capacity + start + s) * HEAD_DIM
+    half, tail, column = tl.arange(0, HALF)[None, :], tl.arange(0, REST)[None, :], tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(query + half, first, mask=is_query)
+    tl.store(query + HALF + half, second, mask=is_query)
+    tl.store(query + 2 * HALF + tail, rest, mask=is_query)
+    tl.store(key + half, first, mask=is_key)
+    tl.store(key + HALF + half, second, mask=is_key)
+    tl.store(key + 2 * HALF + tail, rest, mask=is_key)
+    tl.store(value + column, tl.load(qkv_ptr + s * width + head_at + column, mask=is_value), mask=is_value)
 
 
 def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
@@ -171,7 +182,7 @@ def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: T
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        TURNED=cos.shape[-1],
+        HALF=cos.shape[-1] // 2,
         TILE=triton.next_power_of_2(heads + 2 * kv_heads),
         num_warps=8,
     )
@@ -198,7 +209,7 @@ def silu_product(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _attention_kernel(
-    parts_ptr,
+    sums_ptr,
     bias_ptr,
     cos_ptr,
     sin_ptr,
@@ -215,7 +226,7 @@ def _attention_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TURNED: tl.constexpr,
+    HALF: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -225,6 +236,7 @@ def _attention_kernel(
     chunk, kv_head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    REST: tl.constexpr = HEAD_DIM - 2 * HALF
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
@@ -232,28 +244,36 @@ def _attention_kernel(
     step = tl.load(steps_ptr + m)
     at = tl.load(prompt_ptr) + step  # where this token's keys and values go
     if chunk * CHUNK <= at:
-        column = tl.arange(0, HEAD_DIM)[None, :]
-        angle = tl.minimum(column, TURNED - 1)
-        cos = tl.load(cos_ptr + step * TURNED + angle)
-        sin = tl.load(sin_ptr + step * TURNED + angle)
         cache = (m.to(tl.int64) * KV_HEADS + kv_head) * capacity * HEAD_DIM
+        half, tail, column = tl.arange(0, HALF), tl.arange(0, REST), tl.arange(0, HEAD_DIM)[None, :]
         if at < chunk * CHUNK + CHUNK:
             key_at = (HEADS + kv_head) * HEAD_DIM + tl.zeros((1, 1), tl.int32)
-            key = _turned(parts_ptr, bias_ptr, M, m, key_at, column, cos, sin, width, PARTS, TURNED, DTYPE)
-            value_at = key_at + KV_HEADS * HEAD_DIM
-            value = _turned(parts_ptr, bias_ptr, M, m, value_at, column, cos, sin, width, PARTS, 0, DTYPE)
-            tl.store(keys_ptr + cache + at * HEAD_DIM + column, key)
-            tl.store(values_ptr + cache + at * HEAD_DIM + column, value)
+            first, second, rest = _load_turned(
+                sums_ptr, bias_ptr, M, m, key_at, cos_ptr, sin_ptr, step, width, PARTS, HALF, REST, DTYPE
+            )
+            value = _load(sums_ptr, bias_ptr, M, m, key_at + KV_HEADS * HEAD_DIM + column, width, PARTS, DTYPE)
+            new = cache + at * HEAD_DIM
+            tl.store(keys_ptr + new + half[None, :], first)
+            tl.store(keys_ptr + new + HALF + half[None, :], second)
+            tl.store(keys_ptr + new + 2 * HALF + tail[None, :], rest)
+            tl.store(values_ptr + new + column, value.to(DTYPE))
             tl.debug_barrier()  # what is read next was written by other threads
         head = tl.arange(0, TILE)
         head_at = (kv_head * group + tl.minimum(head, group - 1))[:, None] * HEAD_DIM
-        query = _turned(parts_ptr, bias_ptr, M, m, head_at, column, cos, sin, width, PARTS, TURNED, DTYPE)
+        first, second, rest = _load_turned(
+            sums_ptr, bias_ptr, M, m, head_at, cos_ptr, sin_ptr, step, width, PARTS, HALF, REST, DTYPE
+        )
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         filled = position <= at
-        offsets = cache + position[:, None] * HEAD_DIM + column
-        key = tl.load(keys_ptr + offsets, mask=filled[:, None], other=0.0)
-        value = tl.load(values_ptr + offsets, mask=filled[:, None], other=0.0)
-        scores = dot(query, tl.trans(key), tl.zeros((TILE, CHUNK), tl.float32)) * (HEAD_DIM**-0.5)
+        keys = keys_ptr + cache + position[None, :] * HEAD_DIM  # transposed: [head_dim, positions]
+        first_key = tl.load(keys + half[:, None], mask=filled[None, :], other=0.0)
+        second_key = tl.load(keys + HALF + half[:, None], mask=filled[None, :], other=0.0)
+        rest_key = tl.load(keys + 2 * HALF + tail[:, None], mask=filled[None, :], other=0.0)
+        value = tl.load(
+            values_ptr + cache + position[:, None] * HEAD_DIM + column, mask=filled[:, None], other=0.0
+        )
+        nothing = tl.zeros((TILE, CHUNK), tl.float32)
+        scores = dot(first, first_key, dot(second, second_key, dot(rest, rest_key, nothing))) * (HEAD_DIM**-0.5)
         scores = tl.where(filled[None, :], scores, float("-inf"))
         maximum = tl.max(scores, axis=1)
         weights = tl.exp(scores - maximum[:, None])
@@ -344,7 +364,7 @@ def attend_token(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        TURNED=cos.shape[-1],
+        HALF=cos.shape[-1] // 2,
         PARTS=count,
         TILE=max(_HEADS_TILE, triton.next_power_of_2(heads // kv_heads)),
         CHUNK=CHUNK,
@@ -363,11 +383,16 @@ def attend_token(
         HEADS=heads,
         HEAD_DIM=head_dim,
         CHUNK=CHUNK,
-        TILE=16,
+        TILE=_COMBINED,
         OVERLAPPED=overlapped,
         **launch,
     )
     return out
+
+
+@triton.jit
+def _add3(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
 
 
 @triton.jit
@@ -379,18 +404,23 @@ def _quantile(keys, weights, target):
     t = tl.full((), -(2**31), tl.int32)
     for turn in range(16):
         unit = tl.full((), 1, tl.int32) << (30 - 2 * turn)
-        below = (
-            (tl.sum(tl.where(keys < t + unit, weights, 0.0)) <= target).to(tl.int32)
-            + (tl.sum(tl.where(keys < t + 2 * unit, weights, 0.0)) <= target).to(tl.int32)
-            + (tl.sum(tl.where(keys < t + 3 * unit, weights, 0.0)) <= target).to(tl.int32)
+        first, second, third = tl.reduce(
+            (
+                tl.where(keys < t + unit, weights, 0.0),
+                tl.where(keys < t + 2 * unit, weights, 0.0),
+                tl.where(keys < t + 3 * unit, weights, 0.0),
+            ),
+            0,
+            _add3,
         )
+        below = (first <= target).to(tl.int32) + (second <= target).to(tl.int32) + (third <= target).to(tl.int32)
         t += below * unit
     return tl.minimum(t, tl.max(keys))
 
 
 @triton.jit
 def _sample_kernel(
-    parts_ptr,
+    sums_ptr,
     uniforms_ptr,
     steps_ptr,
     codes_ptr,
@@ -419,7 +449,7 @@ def _sample_kernel(
     inside = index < CODES
     scores = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
-        scores += tl.load(parts_ptr + (part * M + m) * WIDTH + index, mask=inside, other=0.0).to(tl.float32)
+        scores += tl.load(sums_ptr + (part * M + m) * WIDTH + index, mask=inside, other=0.0).to(tl.float32)
     scores = tl.where(inside, scores, float("-inf"))
     step = tl.load(steps_ptr + m)
     best = tl.max(scores)

@@ -16,12 +16,14 @@ does, and a row's result has the same bits whatever rows stand beside it. Tiles 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import COMPILED, dot, options
+from .launch import COMPILED, dot, options, prefetch
 
 _TILE_ROWS = tl.constexpr(8)
 _TILE_WORDS = tl.constexpr(16)  # as many as a tensor-core instruction takes columns; a word is four levels
@@ -79,20 +81,36 @@ def _second(pair):
 
 
 @triton.jit
-def _group(q0, q1, q2, q3, x, scale, zero):
-    """What one group adds to [rows of W, 8]: its levels, four bf16 [rows of W, 16], and x int64 [16, 8], four bf16
+def _add_group(acc, q0, q1, q2, q3, x, scale, zero):
+    """Add one group to `acc` [rows of W, 8]: its levels, four bf16 [rows of W, 16], times x int64 [16, 8], four bf16
     each."""
     x0, x1, x2, x3 = _element(x, 0), _element(x, 1), _element(x, 2), _element(x, 3)
     ones = tl.full(q0.shape, 1.0, tl.float32).to(tl.bfloat16)
     nothing = tl.zeros((q0.shape[0], _TILE_ROWS), tl.float32)
     sums = dot(q3, x3, dot(q2, x2, dot(q1, x1, dot(q0, x0, nothing))))
     x_sums = dot(ones, x3, dot(ones, x2, dot(ones, x1, dot(ones, x0, nothing))))
-    return scale[:, None] * sums + (zero - _OFFSET * scale)[:, None] * x_sums
+    acc = tl.fma((zero - _OFFSET * scale)[:, None].broadcast_to(acc.shape), x_sums, acc)
+    return tl.fma(scale[:, None].broadcast_to(acc.shape), sums, acc)
 
 
 @triton.jit
-def _step(acc, q, x, scale, zero, rows, x_mask, step, GROUP_SIZE: tl.constexpr):
+def _step(
+    acc,
+    q,
+    x,
+    scale,
+    zero,
+    pairs,
+    x_mask,
+    step,
+    K: tl.constexpr,
+    TURN: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
     """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8]."""
+    if (K // _STEP) % TURN:  # the last turn may reach past the row: it reads the last columns again, times nothing
+        x_mask &= step < K // _STEP
+        step = tl.minimum(step, K // _STEP - 1)
     word = step * 2 * _TILE_WORDS
     near, far = tl.load(q + word), tl.load(q + word + _TILE_WORDS)
     near_x = tl.load(x + word, mask=x_mask, other=0)
@@ -100,17 +118,17 @@ def _step(acc, q, x, scale, zero, rows, x_mask, step, GROUP_SIZE: tl.constexpr):
     q0, q1, q2, q3 = _levels(near)
     r0, r1, r2, r3 = _levels(far)
     if GROUP_SIZE == 64:  # a tile is a group
-        scales, zeros = tl.load(scale + rows + step), tl.load(zero + rows + step)
-        acc += _group(q0, q1, q2, q3, near_x, _first(scales), _first(zeros))
-        acc += _group(r0, r1, r2, r3, far_x, _second(scales), _second(zeros))
+        scales, zeros = tl.load(scale + pairs + step), tl.load(zero + pairs + step)
+        acc = _add_group(acc, q0, q1, q2, q3, near_x, _first(scales), _first(zeros))
+        acc = _add_group(acc, r0, r1, r2, r3, far_x, _second(scales), _second(zeros))
     else:  # a tile is two groups: each sees its own half of x
         first_half = tl.arange(0, _TILE_WORDS)[:, None] < _TILE_WORDS // 2
-        scales, zeros = tl.load(scale + rows + 2 * step), tl.load(zero + rows + 2 * step)
-        acc += _group(q0, q1, q2, q3, tl.where(first_half, near_x, 0), _first(scales), _first(zeros))
-        acc += _group(q0, q1, q2, q3, tl.where(first_half, 0, near_x), _second(scales), _second(zeros))
-        scales, zeros = tl.load(scale + rows + 2 * step + 1), tl.load(zero + rows + 2 * step + 1)
-        acc += _group(r0, r1, r2, r3, tl.where(first_half, far_x, 0), _first(scales), _first(zeros))
-        acc += _group(r0, r1, r2, r3, tl.where(first_half, 0, far_x), _second(scales), _second(zeros))
+        scales, zeros = tl.load(scale + pairs + 2 * step), tl.load(zero + pairs + 2 * step)
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, near_x, 0), _first(scales), _first(zeros))
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, 0, near_x), _second(scales), _second(zeros))
+        scales, zeros = tl.load(scale + pairs + 2 * step + 1), tl.load(zero + pairs + 2 * step + 1)
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, far_x, 0), _first(scales), _first(zeros))
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, 0, far_x), _second(scales), _second(zeros))
     return acc
 
 
@@ -125,68 +143,47 @@ def _int4_kernel(
     N,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    GATED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TURN: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
+    """Partial sums [SPLITS, M, N]; or, where gated, silu of rows 0..N of W times rows N..2N, [M, N]."""
     words_a_row: tl.constexpr = K // 4
     pairs_a_row: tl.constexpr = K // (2 * GROUP_SIZE)
     steps: tl.constexpr = K // _STEP
-    steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    m, word = tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
-    row = tl.minimum(n, N - 1)  # the last program's rows past the end read the last one
+    steps_a_split: tl.constexpr = (steps + SPLITS * TURN - 1) // (SPLITS * TURN) * TURN
+    columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the result
+    r, m, word = tl.arange(0, BLOCK_N), tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
+    row = tl.minimum(tl.program_id(0) * columns + r % columns, N - 1)  # past the end the last one is read again
+    if GATED:
+        row += r // columns * N
+    start = tl.program_id(1) * steps_a_split
+    stop = tl.minimum(start + steps_a_split, steps)
     q = q_ptr + row.to(tl.int64)[:, None] * words_a_row + word[None, :]
     x = x_ptr + m[None, :] * words_a_row + word[:, None]
-    start, stop = split * steps_a_split, tl.minimum(split * steps_a_split + steps_a_split, steps)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAPPED:  # W is there already, x may not be
+        prefetch(q_ptr + row.to(tl.int64) * words_a_row + start * 2 * _TILE_WORDS, min(steps_a_split * 64, PREFETCHED))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for step in tl.range(start, stop, num_stages=STAGES):
-        acc = _step(acc, q, x, scale_ptr, zero_ptr, row * pairs_a_row, m[None, :] < M, step, GROUP_SIZE)
-    out = out_ptr + (split * M + m[None, :]) * N + n[:, None]
-    tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
-
-
-@triton.jit
-def _gated_int4_kernel(
-    x_ptr,
-    q_ptr,
-    scale_ptr,
-    zero_ptr,
-    out_ptr,
-    M,
-    N,
-    K: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):
-    """silu(gate) * up, where gate is rows 0..N and up is rows N..2N of W."""
-    words_a_row: tl.constexpr = K // 4
-    pairs_a_row: tl.constexpr = K // (2 * GROUP_SIZE)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, word = tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
-    gate_row = tl.minimum(n, N - 1)
-    up_row = gate_row + N
-    gate_q = q_ptr + gate_row.to(tl.int64)[:, None] * words_a_row + word[None, :]
-    up_q = q_ptr + up_row.to(tl.int64)[:, None] * words_a_row + word[None, :]
-    x = x_ptr + m[None, :] * words_a_row + word[:, None]
-    x_mask = m[None, :] < M
+    for turn in tl.range(start, stop, TURN, num_stages=STAGES):
+        for offset in tl.static_range(TURN):
+            acc = _step(
+                acc, q, x, scale_ptr, zero_ptr, row * pairs_a_row, m[None, :] < M, turn + offset, K, TURN, GROUP_SIZE
+            )
     if OVERLAPPED:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    gate = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    up = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for step in tl.range(0, K // _STEP, num_stages=STAGES):
-        gate = _step(gate, gate_q, x, scale_ptr, zero_ptr, gate_row * pairs_a_row, x_mask, step, GROUP_SIZE)
-        up = _step(up, up_q, x, scale_ptr, zero_ptr, up_row * pairs_a_row, x_mask, step, GROUP_SIZE)
-    out = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out_ptr + m[None, :] * N + n[:, None], out.to(tl.bfloat16), mask=x_mask & (n[:, None] < N))
+    n = tl.program_id(0) * columns + tl.arange(0, columns)
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, columns, _TILE_ROWS)), (1, 2, 0)))
+        out = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out_ptr + m[None, :] * N + n[:, None], out.to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(out_ptr + (tl.program_id(1) * M + m[None, :]) * N + n[:, None], acc, mask=inside)
 
 
 @triton.jit
@@ -201,6 +198,7 @@ def _int8_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     steps: tl.constexpr = K // _STEP
@@ -212,8 +210,8 @@ def _int8_kernel(
     q = q_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     x = x_ptr + m[None, :] * K + k[:, None]
     start, stop = split * steps_a_split, tl.minimum(split * steps_a_split + steps_a_split, steps)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAPPED:  # W is there already, x may not be
+        prefetch(q_ptr + row.to(tl.int64) * K + start * _STEP, min(steps_a_split * _STEP, PREFETCHED))
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     for step in tl.range(start, stop, num_stages=STAGES):
@@ -222,22 +220,42 @@ def _int8_kernel(
         if not COMPILED:  # the interpreter makes bf16 of floats only
             levels = levels.to(tl.float32)
         acc = dot(levels.to(tl.bfloat16), values, acc)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
     acc *= tl.load(scale_ptr + row)[:, None]
     out = out_ptr + (split * M + m[None, :]) * N + n[:, None]
     tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
 
-_PROGRAMS = 512  # at least so many, where K can be split: about four for each multiprocessor of a large card
-_BLOCK_N = 32
-_WARPS = 1
-_STAGES = 6
-_INT8_STAGES = 4
+class Tiles(NamedTuple):
+    """How a product is cut: rows of W a program, warps, steps a turn, turns whose bytes are under way, parts of K; and
+    how many bytes of each row are fetched into the L2 cache before x is waited for."""
+
+    block_n: int
+    warps: int
+    turn: int
+    stages: int
+    splits: int = 1
+    prefetched: int = 1024
 
 
-def _splits(n: int, steps: int) -> int:
-    """Parts that K is cut in, each of at least four steps."""
+def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
+    """For an int4 matrix [n, k]; with `gated`, [2n, k]. Found by measuring on an H100."""
+    if gated:
+        return Tiles(block_n=32, warps=2, turn=1, stages=3)
+    return Tiles(block_n=64, warps=4, turn=2, stages=2, splits=_splits(n, k, 64))
+
+
+def int8_tiles(n: int, k: int) -> Tiles:
+    """For an int8 matrix [n, k]."""
+    return Tiles(block_n=32, warps=1, turn=1, stages=4, splits=_splits(n, k, 32))
+
+
+def _splits(n: int, k: int, block_n: int) -> int:
+    """Parts of K, each of four steps at least, that make 512 programs: about four for each multiprocessor of a large
+    card."""
     splits = 1
-    while splits * triton.cdiv(n, _BLOCK_N) < _PROGRAMS and steps // (2 * splits) >= 4:
+    while splits * triton.cdiv(n, block_n) < 512 and k // _STEP.value // (2 * splits) >= 4:
         splits *= 2
     return splits
 
@@ -248,37 +266,25 @@ def int4_sums(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2], scale and zero bf16 [N, K/group_size] as format 1 stores
     them.
     """
-    (m, k), n = x.shape, q.shape[0]
-    group_size = k // scale.shape[1]
-    splits = _splits(n, k // _STEP.value)
-    out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    overlapped, launch = options(x.device, warps=_WARPS)
-    _int4_kernel[triton.cdiv(n, _BLOCK_N), splits](
-        x.view(torch.int64),
-        q.view(torch.int16),
-        scale.view(torch.int32),
-        zero.view(torch.int32),
-        out,
-        m,
-        n,
-        K=k,
-        GROUP_SIZE=group_size,
-        SPLITS=splits,
-        BLOCK_N=_BLOCK_N,
-        STAGES=_STAGES,
-        OVERLAPPED=overlapped,
-        **launch,
-    )
+    tiles = int4_tiles(q.shape[0], x.shape[1], gated=False)
+    out = torch.empty(tiles.splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)
+    _int4(x, q, scale, zero, out, tiles, gated=False)
     return out
 
 
 def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T), bf16 [M, N], where q [2N, K/2] holds the rows of G and then those of U."""
-    (m, k), n = x.shape, q.shape[0] // 2
-    group_size = k // scale.shape[1]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    overlapped, launch = options(x.device, warps=_WARPS)
-    _gated_int4_kernel[(triton.cdiv(n, _BLOCK_N),)](
+    n = q.shape[0] // 2
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    _int4(x, q, scale, zero, out, int4_tiles(n, x.shape[1], gated=True), gated=True)
+    return out
+
+
+def _int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, out: Tensor, tiles: Tiles, gated: bool) -> None:
+    (m, k), n = x.shape, out.shape[-1]
+    columns = tiles.block_n // 2 if gated else tiles.block_n
+    overlapped, launch = options(x.device, tiles.warps)
+    _int4_kernel[triton.cdiv(n, columns), tiles.splits](
         x.view(torch.int64),
         q.view(torch.int16),
         scale.view(torch.int32),
@@ -287,22 +293,25 @@ def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         m,
         n,
         K=k,
-        GROUP_SIZE=group_size,
-        BLOCK_N=_BLOCK_N,
-        STAGES=_STAGES,
+        GROUP_SIZE=k // scale.shape[1],
+        GATED=gated,
+        SPLITS=tiles.splits,
+        BLOCK_N=tiles.block_n,
+        TURN=tiles.turn,
+        STAGES=tiles.stages,
+        PREFETCHED=tiles.prefetched,
         OVERLAPPED=overlapped,
         **launch,
     )
-    return out
 
 
 def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N]: x bf16 [M, K], q int8 [N, K], scale float32 [N]."""
     (m, k), n = x.shape, q.shape[0]
-    splits = _splits(n, k // _STEP.value)
-    out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    overlapped, launch = options(x.device, warps=_WARPS)
-    _int8_kernel[triton.cdiv(n, _BLOCK_N), splits](
+    tiles = int8_tiles(n, k)
+    out = torch.empty(tiles.splits, m, n, dtype=torch.float32, device=x.device)
+    overlapped, launch = options(x.device, tiles.warps)
+    _int8_kernel[triton.cdiv(n, tiles.block_n), tiles.splits](
         x,
         q,
         scale,
@@ -310,9 +319,10 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         m,
         n,
         K=k,
-        SPLITS=splits,
-        BLOCK_N=_BLOCK_N,
-        STAGES=_INT8_STAGES,
+        SPLITS=tiles.splits,
+        BLOCK_N=tiles.block_n,
+        STAGES=tiles.stages,
+        PREFETCHED=tiles.prefetched,
         OVERLAPPED=overlapped,
         **launch,
     )

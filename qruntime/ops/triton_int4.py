@@ -10,8 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_N = 16
-_BLOCK_BYTES = 256
+_BLOCK_N = 8
+_GROUPS = 8  # of each row that a program writes out
+
+
+@triton.jit
+def _pair(words, BYTE: tl.constexpr, scale, zero):
+    """The two levels of one byte of each int32 word, as numbers: two bf16 that lie in an int32."""
+    low = (((words >> (8 * BYTE)) & 15) - 8).to(tl.float32) * scale + zero
+    high = (((words >> (8 * BYTE + 4)) & 15) - 8).to(tl.float32) * scale + zero
+    low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low_bits | (high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -21,40 +30,41 @@ def _dequantize_kernel(
     zero_ptr,
     out_ptr,
     N,
-    HALF_K: tl.constexpr,
-    GROUP_BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUP_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    byte = tl.program_id(1) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
-    inside = (n < N) & (byte < HALF_K)
-    n = n.to(tl.int64)
-    q = tl.load(q_ptr + n * HALF_K + byte, mask=inside, other=0).to(tl.int32)
-    group = n * (HALF_K // GROUP_BYTES) + byte // GROUP_BYTES
-    scale = tl.load(scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + group, mask=inside, other=0.0).to(tl.float32)
-    even = ((q & 15) - 8).to(tl.float32) * scale + zero
-    odd = ((q >> 4) - 8).to(tl.float32) * scale + zero
-    both = tl.join(even, odd).to(tl.bfloat16)  # [N, bytes, 2]
-    which = tl.arange(0, 2)[None, None, :]
-    tl.store(out_ptr + (n * HALF_K + byte)[:, :, None] * 2 + which, both, mask=inside[:, :, None])
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None, None]
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
+    word = n * WORDS + group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
+    inside = (n < N) & (group < WORDS // GROUP_WORDS)
+    at = n * (WORDS // GROUP_WORDS) + group
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    words = tl.load(q_ptr + word, mask=inside, other=0)  # [rows, groups, words of a group]
+    first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
+    second = tl.join(_pair(words, 1, scale, zero), _pair(words, 3, scale, zero))
+    pairs = tl.reshape(tl.join(first, second), (BLOCK_N, GROUPS, GROUP_WORDS * 4))
+    pair = n * WORDS * 4 + group * GROUP_WORDS * 4 + tl.arange(0, GROUP_WORDS * 4)[None, None, :]
+    tl.store(out_ptr + pair, pairs, mask=inside)
 
 
 def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """bf16 [N, K] from q uint8 [N, K/2] and scale, zero bf16 [N, K/group_size]; the bits of the plain one."""
     n, half_k = q.shape
+    groups = scale.shape[1]
     out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
-    _dequantize_kernel[triton.cdiv(n, _BLOCK_N), triton.cdiv(half_k, _BLOCK_BYTES)](
-        q,
+    _dequantize_kernel[triton.cdiv(n, _BLOCK_N), triton.cdiv(groups, _GROUPS)](
+        q.view(torch.int32),
         scale,
         zero,
-        out,
+        out.view(torch.int32),
         n,
-        HALF_K=half_k,
-        GROUP_BYTES=half_k // scale.shape[1],
+        WORDS=half_k // 4,
+        GROUP_WORDS=half_k // 4 // groups,
         BLOCK_N=_BLOCK_N,
-        BLOCK_BYTES=_BLOCK_BYTES,
-        num_warps=8,
+        GROUPS=_GROUPS,
+        num_warps=4,
     )
     return out
