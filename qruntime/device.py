@@ -134,6 +134,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device the current one for the body: Triton launches there, wherever tensors are."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Float32 convolutions in float32 and no choice of algorithms by timing, for the body only."""
     if device.type != "cuda":

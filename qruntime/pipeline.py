@@ -247,7 +247,7 @@ class GlmImagePipeline:
             peak_bytes=None if devices.kind(self.device) == "cpu" else lambda: devices.peak_bytes(self.device),
         )
         self._parts.follow(chosen, events.check)
-        with devices.exact_arithmetic(self.device):
+        with devices.current(self.device), devices.exact_arithmetic(self.device):
             with self._stage(events, "encode", len(jobs)):
                 self._encode(jobs, events)
             if drafted:

@@ -145,6 +145,14 @@ def test_host_memory_for_the_cpu_is_ordinary() -> None:
     assert (buffer.dtype, buffer.numel(), buffer.is_pinned()) == (torch.uint8, 100, False)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+def test_the_second_gpu_is_current_for_the_body() -> None:
+    before = torch.cuda.current_device()
+    with devices.current(torch.device("cuda", 1)):
+        assert torch.cuda.current_device() == 1
+    assert torch.cuda.current_device() == before
+
+
 def test_exact_arithmetic_changes_nothing_on_the_cpu() -> None:
     before = torch.backends.cudnn.allow_tf32
     with devices.exact_arithmetic(CPU):
