@@ -12,7 +12,18 @@ from typing import Any
 
 from .cases import STEPS, TEXT, Case
 from .resultfile import Row
-from .tables import TEXT_TO_IMAGE, Results, Table, component_rows, fine, number, picture_name, picture_rows, seconds
+from .tables import (
+    EXTRAPOLATED,
+    TEXT_TO_IMAGE,
+    Results,
+    Table,
+    component_rows,
+    fine,
+    number,
+    picture_name,
+    picture_rows,
+    seconds,
+)
 
 SOURCE = "https://github.com/zai-org/GLM-Image#inference-cost"
 _GIB_IN_GB = 2**30 / 1e9
@@ -29,7 +40,6 @@ class Published:
     four_seconds: float | None
 
 
-# diffusers on one H100, a prompt of about 1000 tokens.
 PUBLISHED = {
     "512x512": Published(27.30, 34.26, 39.34),
     "1024x1024": Published(64.34, 37.82, 108.22),
@@ -80,8 +90,8 @@ def reference_rows(results: Results) -> dict[str, Row]:
 
 def table(results: Results) -> Table:
     """Two rows a size: theirs, and what was measured."""
-    lines: list[dict[str, Any]] = []
-    for size, row in reference_rows(results).items():
+    rows, lines = reference_rows(results), []
+    for size, row in rows.items():
         theirs = PUBLISHED[size]
         peak = row["peak_vram_bytes"]
         lines += [
@@ -98,10 +108,13 @@ def table(results: Results) -> Table:
         "peak memory": lambda line: line["peak"],
     }
     note = (
-        f"Published by the model's authors ({SOURCE}): diffusers on one H100, about 1000 prompt tokens, totals alone. "
-        "Their stages follow from their totals for four pictures, which share one draft: a third of the difference to "
-        f"one picture is what a picture takes besides. At 2048x2048 their draft is taken at {_GIVES_SPEED}'s speed."
+        f"Published by the model's authors ({SOURCE}): diffusers on one H100, about 1000 prompt tokens, totals alone, "
+        f"the steps not said ({STEPS} are diffusers' default). Their stages follow from their totals for four "
+        "pictures, which share one draft: a third of the difference to one picture is what a picture takes besides, at "
+        f"the pace of four. At 2048x2048 their draft is taken at {_GIVES_SPEED}'s speed."
     )
+    if any(row.get("extrapolated") for row in rows.values()):
+        note += f" {EXTRAPOLATED}."
     made = Table.of("The reference beside its authors' figures", note, columns, lines, 2)
     return replace(made, points=tuple(differences(results)))
 
