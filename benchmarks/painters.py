@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from qruntime import sampling
+from qruntime.draft import Choice, Order, draft
+from qruntime.events import Events
 from qruntime.memory.parts import Parts
 from qruntime.models import ar
 from qruntime.pipeline import GlmImagePipeline
@@ -75,49 +77,40 @@ class Ours:
     @torch.inference_mode()
     def draft(self, prompt: str, seed: int) -> Tensor:
         """The codes that the pipeline drafts for a seed, the preview's and then the target's, int64 [N]."""
-        config, built, request = self._config, self._build(prompt), GenerateRequest
+        built, request = self._build(prompt), GenerateRequest
         count = built.preview_tokens + built.target_tokens
-        uniforms = sampling.uniforms(seed, count).to(self.pipe.device)
-        codes = torch.zeros(count, dtype=torch.long)
-        cache = self._cache(len(built.ids) + count)
-        states = self._prefill(built, cache)
-        table, at = self._parts.code_table(), torch.tensor(built.decode_positions, device=self.pipe.device)
-        for index in range(count):
-            logits = ar.logits(self._parts.ar_head.single(), config.text, states[-1:])
-            top_k = config.top_k or None
-            uniform = uniforms[index : index + 1]
-            code = sampling.sample(logits, uniform, request.temperature, top_k, request.top_p, config.vq.codebook_size)
-            codes[index] = code.item()
-            if index + 1 == count:
-                break
-            start = len(built.ids) + index
-            states = ar.run_layers(
-                self._parts.ar_layers, config.text, table[code], at[:, index : index + 1], cache, start
-            )
-        return codes
+        order = Order(
+            prompt=self._parts.embed_text(torch.tensor(built.ids)),
+            positions=self._positions(built.positions),
+            code_positions=self._positions(built.decode_positions),
+            uniforms=sampling.uniforms(seed, count)[None].to(self.pipe.device),
+            choice=Choice(request.temperature, self._config.top_k or None, request.top_p),
+        )
+        events = Events()
+        with events.stage("draft", count):
+            codes, _ = draft(self._parts, order, events)
+        return codes[0].cpu()
 
     @torch.inference_mode()
     def logits(self, prompt: str, drafted: Tensor) -> Tensor:
-        config, built = self._config, self._build(prompt)
-        cache = self._cache(len(built.ids) + len(drafted))
-        states = self._prefill(built, cache)[-1:]
-        positions = torch.tensor(built.decode_positions, device=self.pipe.device)[:, : len(drafted) - 1]
+        text, built = self._config.text, self._build(prompt)
+        layers, head = self._parts.ar_layers, self._parts.ar_head.single()
+        cache = ar.KvCache.allocate(text, len(built.ids) + len(drafted), self.pipe.dtype, self.pipe.device)
+        prompt_pass = ar.run_span(
+            layers, text, self._parts.embed_text(torch.tensor(built.ids)), self._positions(built.positions), cache, 0
+        )
         embedded = self._parts.code_table()[drafted[:-1].to(self.pipe.device)]
-        rest = ar.run_layers(self._parts.ar_layers, config.text, embedded, positions, cache, len(built.ids))
-        logits = ar.logits(self._parts.ar_head.single(), config.text, torch.cat((states, rest)))
-        return logits[:, : config.vq.codebook_size].cpu()
+        positions = self._positions(built.decode_positions)[:, : len(embedded)]
+        draft_pass = ar.run_span(layers, text, embedded, positions, cache, len(built.ids))
+        logits = torch.cat([ar.logits(head, text, each) for each in (prompt_pass.last(), draft_pass)])
+        return logits[:, : self._config.vq.codebook_size].cpu()
+
+    def _positions(self, positions: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(positions, device=self.pipe.device)
 
     def _build(self, prompt: str) -> ArPrompt:
         request = GenerateRequest(prompt, height=SIDE, width=SIDE)
         return self._tokenizer.build(prompt, request.token_grid, request.preview_grid)
-
-    def _cache(self, tokens: int) -> ar.KvCache:
-        return ar.KvCache.allocate(self._config.text, tokens, self.pipe.dtype, self.pipe.device)
-
-    def _prefill(self, built: ArPrompt, cache: ar.KvCache) -> Tensor:
-        positions = torch.tensor(built.positions, device=self.pipe.device)
-        embedded = self._parts.embed_text(torch.tensor(built.ids))
-        return ar.run_layers(self._parts.ar_layers, self._config.text, embedded, positions, cache, 0)
 
 
 class Stock:
