@@ -29,6 +29,7 @@ from .reference import (
     apply_rope,
     dequantize_int4,
     dequantize_int8,
+    linear_int4,
     linear_int8,
     modulated_norm,
     rms_norm,
@@ -52,6 +53,7 @@ __all__ = [
     "int4_sums",
     "int8_rows",
     "int8_sums",
+    "is_few_rows",
     "kernels",
     "linear_int4",
     "linear_int8",
@@ -62,8 +64,6 @@ __all__ = [
     "rms_norm",
     "rope_to_cache",
     "rotate",
-    "runs_few_rows_int4",
-    "runs_few_rows_int8",
     "sample_token",
     "silu_product",
     "takes_int8_rows",
@@ -113,42 +113,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)[0]
 
 
-def linear_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
-    """As `reference.linear_int4`: a few rows by the kernel for them, many by writing the matrix out."""
-    if not uses_triton(x.device, x.dtype):
-        return reference.linear_int4(x, q, scale, zero, bias)
-    from . import triton_int4
-
-    return F.linear(x, triton_int4.dequantize_int4(q, scale, zero), bias)
-
-
-def runs_few_rows_int4(x: Tensor, group_size: int) -> bool:
-    """Whether `int4_sums` and `gated_int4` take the rows x [M, K]."""
-    return _is_few(x) and group_size in (32, 64)
-
-
-def runs_few_rows_int8(x: Tensor) -> bool:
-    """Whether `int8_sums` takes the rows x [M, K]."""
-    return _is_few(x)
-
-
-def _is_few(x: Tensor) -> bool:
-    suits = x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % 128 == 0
+def is_few_rows(x: Tensor) -> bool:
+    """Whether `int4_sums`, `gated_int4` and `int8_sums` take the rows x [M, K]."""
+    suits = x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % torch_int4.TRITON_COLUMNS == 0
     return suits and uses_triton(x.device, x.dtype)
 
 
-def int4_sums(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """As `triton_few_rows.int4_sums`."""
     from . import triton_few_rows
 
-    return triton_few_rows.int4_sums(x.contiguous(), q, scale, zero)
+    return triton_few_rows.int4_sums(x.contiguous(), q, scale_zero)
 
 
-def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """As `triton_few_rows.gated_int4`."""
     from . import triton_few_rows
 
-    return triton_few_rows.gated_int4(x.contiguous(), q, scale, zero)
+    return triton_few_rows.gated_int4(x.contiguous(), q, scale_zero)
 
 
 def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""torch's own int4 products: tinygemm on CUDA, the Metal shader on MPS, the AVX-512 one on CPUs.
+"""int4 products of many rows, and how each wants its matrix to lie: ours in Triton, torch's own on other devices.
 
-All three compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 stores; they differ in how they
-want the bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form
-(equal size, so that it fits where they came from), `linear` multiplies.
+All compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 stores; they differ in how they want the
+bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form (equal
+size, so that it fits where they came from), `linear` multiplies.
 
+- `triton` (CUDA, bf16): q as stored, scale and zero interleaved as [K/g, N, 2], so that rows side by side find theirs
+  side by side.
 - `tinygemm` (CUDA without Triton, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
 - `avx512` (CPUs with native bf16): q shuffled, scale and zero interleaved.
 - `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so
   above
   `METAL_MAX_ROWS` rows the matrix is dequantised instead.
-- `stored`: none of them; our kernels and the plain reference read the bytes as they are in the file.
+- `stored`: none of them; the plain reference reads the bytes as they are in the file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from .. import device as devices
 from . import reference
 from .backend import uses_triton
 
-STORED = "stored"
+STORED, TRITON = "stored", "triton"
+TRITON_COLUMNS = 128  # K is a multiple of it, so that groups come in pairs
 METAL_MAX_ROWS = 4
 _GROUP_SIZES = (32, 64, 128, 256)
 _K_PER_TILE = 16  # columns of one tinygemm tile; 2, 4 or 8 tiles are packed together
@@ -30,8 +33,10 @@ _K_PER_TILE = 16  # columns of one tinygemm tile; 2, 4 or 8 tiles are packed tog
 
 def form(device: torch.device, dtype: torch.dtype, n: int, k: int, group_size: int) -> str:
     """How an int4 matrix [n, k] should lie on `device` for products in `dtype`."""
-    if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES or uses_triton(device):
+    if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES:
         return STORED
+    if uses_triton(device) and group_size in (32, 64) and k % TRITON_COLUMNS == 0:
+        return TRITON
     kind = devices.kind(device)
     if kind == "cuda" and n % 8 == 0 and _inner_k_tiles(k):
         capability = devices.compute_capability(device)
@@ -67,6 +72,10 @@ def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale
 
 def linear(kind: str, x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed int4 matrix packed as `kind`, plus bias: [..., N] in x's dtype."""
+    if kind == TRITON:
+        from .triton_int4 import dequantize_int4
+
+        return F.linear(x, dequantize_int4(q, scale_zero), bias)
     groups, n, _ = scale_zero.shape
     k = x.shape[-1]
     rows = x.reshape(-1, k).contiguous()  # what all three products ask for

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dot, options
+from .interpreter import COMPILED, dot
 
 CHUNK = 64  # cached positions that one program of the attention reads
 _HEADS_TILE = 16  # the least rows of a tensor-core tile
@@ -33,16 +33,12 @@ def _add_norm_kernel(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
     m, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     if PARTS > 0:
         branch_weight = tl.load(branch_weight_ptr + column, mask=inside, other=0.0)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     hidden = tl.load(hidden_ptr + m * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         branch = tl.zeros((BLOCK,), tl.float32)
@@ -65,7 +61,6 @@ def add_norm(
     total = hidden if parts is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
-    overlapped, launch = options(hidden.device, warps=min(max(block // 256, 1), 16))
     _add_norm_kernel[(m,)](
         hidden,
         parts,
@@ -78,48 +73,42 @@ def add_norm(
         WIDTH=width,
         PARTS=0 if parts is None else parts.shape[0],
         BLOCK=block,
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=min(max(block // 256, 1), 16),
     )
     return total, out
 
 
 @triton.jit
-def _load(sums_ptr, bias_ptr, M, m, at, WIDTH: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """Columns `at` of row m of a product that lies in parts, float32, rounded as DTYPE."""
-    value = tl.load(sums_ptr + m * WIDTH + at).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        value += tl.load(sums_ptr + (part * M + m) * WIDTH + at).to(tl.float32)
-    if bias_ptr is not None:
-        value += tl.load(bias_ptr + at).to(tl.float32)
-    return value.to(DTYPE).to(tl.float32)
-
-
-@triton.jit
-def _load_turned(
+def _turned(
     sums_ptr,
     bias_ptr,
     M,
     m,
-    head_at,
-    cos_ptr,
-    sin_ptr,
-    row,
+    first,
+    column,
+    cos,
+    sin,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
+    TURNED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Heads that start at columns `head_at` [heads, 1], turned by row `row` of the tables: the halves that turn with
-    each other, [heads, HALF] each, and what does not turn, [heads, REST]."""
-    column = tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + row * 2 * HALF + column).to(tl.float32)
-    sin = tl.load(sin_ptr + row * 2 * HALF + column).to(tl.float32)
-    first = _load(sums_ptr, bias_ptr, M, m, head_at + column, WIDTH, PARTS, DTYPE)
-    second = _load(sums_ptr, bias_ptr, M, m, head_at + HALF + column, WIDTH, PARTS, DTYPE)
-    rest = _load(sums_ptr, bias_ptr, M, m, head_at + 2 * HALF + tl.arange(0, REST)[None, :], WIDTH, PARTS, DTYPE)
-    return (first * cos - second * sin).to(DTYPE), (second * cos + first * sin).to(DTYPE), rest.to(DTYPE)
+    """Heads of row m of a product that lies in parts, turned by RoPE: those that start at `first` [heads, 1], `column`
+    [1, head_dim]."""
+    half: tl.constexpr = TURNED // 2
+    partner_column = tl.where(column < half, column + half, tl.where(column < TURNED, column - half, column))
+    value = tl.zeros((first.shape[0], column.shape[1]), tl.float32)
+    partner = value
+    for part in tl.static_range(PARTS):
+        row = sums_ptr + (part * M + m) * WIDTH + first
+        value += tl.load(row + column).to(tl.float32)
+        partner += tl.load(row + partner_column).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + first + column).to(tl.float32)
+        partner += tl.load(bias_ptr + first + partner_column).to(tl.float32)
+    value, partner = value.to(DTYPE).to(tl.float32), partner.to(DTYPE).to(tl.float32)
+    partner = tl.where(column < half, -partner, partner)
+    return tl.where(column < TURNED, value * cos + partner * sin, value).to(DTYPE)
 
 
 @triton.jit
@@ -136,32 +125,27 @@ def _rope_to_cache_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One token of a prompt, all its heads."""
     s = tl.program_id(0).to(tl.int64)
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
-    REST: tl.constexpr = HEAD_DIM - 2 * HALF
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    head = tl.arange(0, TILE)[:, None]
-    head_at = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
-    first, second, rest = _load_turned(
-        qkv_ptr, None, S, s, head_at, cos_ptr, sin_ptr, s, width, 1, HALF, REST, DTYPE
+    head, column = tl.arange(0, TILE)[:, None], tl.arange(0, HEAD_DIM)[None, :]
+    angle = s * TURNED + tl.minimum(column, TURNED - 1)
+    cos, sin = tl.load(cos_ptr + angle).to(tl.float32), tl.load(sin_ptr + angle).to(tl.float32)
+    first = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
+    turned = _turned(qkv_ptr, None, S, s, first, column, cos, sin, width, 1, TURNED, DTYPE)
+    plain = tl.load(qkv_ptr + s * width + first + column)
+    tl.store(query_ptr + (head * S + s) * HEAD_DIM + column, turned, mask=head < HEADS)
+    key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
+    at = (start + s) * HEAD_DIM + column
+    is_key = (key_head >= 0) & (value_head < 0)
+    tl.store(keys_ptr + key_head * capacity * HEAD_DIM + at, turned, mask=is_key)
+    tl.store(
+        values_ptr + value_head * capacity * HEAD_DIM + at, plain, mask=(value_head >= 0) & (value_head < KV_HEADS)
     )
-    is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
-    query = query_ptr + (head * S + s) * HEAD_DIM
-    key = keys_ptr + ((head - HEADS) * capacity + start + s) * HEAD_DIM
-    value = values_ptr + ((head - HEADS - KV_HEADS) * capacity + start + s) * HEAD_DIM
-    half, tail, column = tl.arange(0, HALF)[None, :], tl.arange(0, REST)[None, :], tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(query + half, first, mask=is_query)
-    tl.store(query + HALF + half, second, mask=is_query)
-    tl.store(query + 2 * HALF + tail, rest, mask=is_query)
-    tl.store(key + half, first, mask=is_key)
-    tl.store(key + HALF + half, second, mask=is_key)
-    tl.store(key + 2 * HALF + tail, rest, mask=is_key)
-    tl.store(value + column, tl.load(qkv_ptr + s * width + head_at + column, mask=is_value), mask=is_value)
 
 
 def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
@@ -182,7 +166,7 @@ def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: T
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        HALF=cos.shape[-1] // 2,
+        TURNED=cos.shape[-1],
         TILE=triton.next_power_of_2(heads + 2 * kv_heads),
         num_warps=8,
     )
@@ -226,54 +210,41 @@ def _attention_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
     """One chunk of one picture's cache under the queries of one key head."""
     chunk, kv_head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    REST: tl.constexpr = HEAD_DIM - 2 * HALF
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     step = tl.load(steps_ptr + m)
     at = tl.load(prompt_ptr) + step  # where this token's keys and values go
     if chunk * CHUNK <= at:
+        column = tl.arange(0, HEAD_DIM)[None, :]
+        angle = tl.minimum(column, TURNED - 1)
+        cos = tl.load(cos_ptr + step * TURNED + angle)
+        sin = tl.load(sin_ptr + step * TURNED + angle)
         cache = (m.to(tl.int64) * KV_HEADS + kv_head) * capacity * HEAD_DIM
-        half, tail, column = tl.arange(0, HALF), tl.arange(0, REST), tl.arange(0, HEAD_DIM)[None, :]
         if at < chunk * CHUNK + CHUNK:
             key_at = (HEADS + kv_head) * HEAD_DIM + tl.zeros((1, 1), tl.int32)
-            first, second, rest = _load_turned(
-                sums_ptr, bias_ptr, M, m, key_at, cos_ptr, sin_ptr, step, width, PARTS, HALF, REST, DTYPE
-            )
-            value = _load(sums_ptr, bias_ptr, M, m, key_at + KV_HEADS * HEAD_DIM + column, width, PARTS, DTYPE)
-            new = cache + at * HEAD_DIM
-            tl.store(keys_ptr + new + half[None, :], first)
-            tl.store(keys_ptr + new + HALF + half[None, :], second)
-            tl.store(keys_ptr + new + 2 * HALF + tail[None, :], rest)
-            tl.store(values_ptr + new + column, value.to(DTYPE))
+            key = _turned(sums_ptr, bias_ptr, M, m, key_at, column, cos, sin, width, PARTS, TURNED, DTYPE)
+            value_at = key_at + KV_HEADS * HEAD_DIM
+            value = _turned(sums_ptr, bias_ptr, M, m, value_at, column, cos, sin, width, PARTS, 0, DTYPE)
+            tl.store(keys_ptr + cache + at * HEAD_DIM + column, key)
+            tl.store(values_ptr + cache + at * HEAD_DIM + column, value)
             tl.debug_barrier()  # what is read next was written by other threads
         head = tl.arange(0, TILE)
         head_at = (kv_head * group + tl.minimum(head, group - 1))[:, None] * HEAD_DIM
-        first, second, rest = _load_turned(
-            sums_ptr, bias_ptr, M, m, head_at, cos_ptr, sin_ptr, step, width, PARTS, HALF, REST, DTYPE
-        )
+        query = _turned(sums_ptr, bias_ptr, M, m, head_at, column, cos, sin, width, PARTS, TURNED, DTYPE)
         position = chunk * CHUNK + tl.arange(0, CHUNK)
         filled = position <= at
-        keys = keys_ptr + cache + position[None, :] * HEAD_DIM  # transposed: [head_dim, positions]
-        first_key = tl.load(keys + half[:, None], mask=filled[None, :], other=0.0)
-        second_key = tl.load(keys + HALF + half[:, None], mask=filled[None, :], other=0.0)
-        rest_key = tl.load(keys + 2 * HALF + tail[:, None], mask=filled[None, :], other=0.0)
-        value = tl.load(
-            values_ptr + cache + position[:, None] * HEAD_DIM + column, mask=filled[:, None], other=0.0
-        )
-        nothing = tl.zeros((TILE, CHUNK), tl.float32)
-        scores = dot(first, first_key, dot(second, second_key, dot(rest, rest_key, nothing))) * (HEAD_DIM**-0.5)
+        offsets = cache + position[:, None] * HEAD_DIM + column
+        key = tl.load(keys_ptr + offsets, mask=filled[:, None], other=0.0)
+        value = tl.load(values_ptr + offsets, mask=filled[:, None], other=0.0)
+        scores = dot(query, tl.trans(key), tl.zeros((TILE, CHUNK), tl.float32)) * (HEAD_DIM**-0.5)
         scores = tl.where(filled[None, :], scores, float("-inf"))
         maximum = tl.max(scores, axis=1)
         weights = tl.exp(scores - maximum[:, None])
@@ -298,13 +269,9 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
     """The chunks of one head, each weighted by what its softmax was taken over."""
     head, m = tl.program_id(0), tl.program_id(1)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     filled = (tl.load(prompt_ptr) + tl.load(steps_ptr + m)) // CHUNK + 1
     column = tl.arange(0, HEAD_DIM)
     row = (m * HEADS + head) * chunks
@@ -345,7 +312,6 @@ def attend_token(
     weighted = torch.empty(m, heads, chunks, head_dim, dtype=torch.float32, device=keys.device)
     maxima, totals = (torch.empty(m, heads, chunks, dtype=torch.float32, device=keys.device) for _ in range(2))
     out = torch.empty(m, heads * head_dim, dtype=keys.dtype, device=keys.device)
-    overlapped, launch = options(keys.device, warps=4)
     _attention_kernel[chunks, kv_heads, m](
         sums,
         bias,
@@ -364,14 +330,12 @@ def attend_token(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        HALF=cos.shape[-1] // 2,
+        TURNED=cos.shape[-1],
         PARTS=count,
         TILE=max(_HEADS_TILE, triton.next_power_of_2(heads // kv_heads)),
         CHUNK=CHUNK,
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=4,
     )
-    overlapped, launch = options(keys.device, warps=4)
     _combine_kernel[heads, m](
         weighted,
         maxima,
@@ -384,8 +348,7 @@ def attend_token(
         HEAD_DIM=head_dim,
         CHUNK=CHUNK,
         TILE=_COMBINED,
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=4,
     )
     return out
 
@@ -393,6 +356,15 @@ def attend_token(
 @triton.jit
 def _add3(a, b, c, other_a, other_b, other_c):
     return a + other_a, b + other_b, c + other_c
+
+
+@triton.jit
+def _sum3(a, b, c):
+    """Three sums for the price of one meeting of all threads."""
+    if COMPILED:
+        return tl.reduce((a, b, c), 0, _add3)
+    else:  # the interpreter takes reductions of its own kinds only at a tolerable speed
+        return tl.sum(a), tl.sum(b), tl.sum(c)
 
 
 @triton.jit
@@ -404,14 +376,10 @@ def _quantile(keys, weights, target):
     t = tl.full((), -(2**31), tl.int32)
     for turn in range(16):
         unit = tl.full((), 1, tl.int32) << (30 - 2 * turn)
-        first, second, third = tl.reduce(
-            (
-                tl.where(keys < t + unit, weights, 0.0),
-                tl.where(keys < t + 2 * unit, weights, 0.0),
-                tl.where(keys < t + 3 * unit, weights, 0.0),
-            ),
-            0,
-            _add3,
+        first, second, third = _sum3(
+            tl.where(keys < t + unit, weights, 0.0),
+            tl.where(keys < t + 2 * unit, weights, 0.0),
+            tl.where(keys < t + 3 * unit, weights, 0.0),
         )
         below = (first <= target).to(tl.int32) + (second <= target).to(tl.int32) + (third <= target).to(tl.int32)
         t += below * unit
@@ -439,13 +407,9 @@ def _sample_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     HIDDEN_BLOCK: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
     """Draw a picture's next code, note it, and fetch its embedding for the next pass."""
     m, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     inside = index < CODES
     scores = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -500,7 +464,6 @@ def sample_token(
     count_parts, m, width = sums.shape
     choices, size = table.shape
     block = triton.next_power_of_2(choices)
-    overlapped, launch = options(sums.device, warps=min(max(block // 512, 1), 32))
     _sample_kernel[(m,)](
         sums,
         uniforms,
@@ -521,6 +484,5 @@ def sample_token(
         TOP_K=top_k is not None and top_k < choices,
         BLOCK=block,
         HIDDEN_BLOCK=triton.next_power_of_2(size),
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=min(max(block // 512, 1), 32),
     )

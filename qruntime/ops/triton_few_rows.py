@@ -3,7 +3,8 @@
 Such a product reads its matrix once and does little with it, so its floor is the matrix's bytes over the memory's
 bandwidth. Three things keep it near that floor.
 
-- Bytes are read as format 1 stores them, by asynchronous copies several steps ahead of their use.
+- Bytes come by asynchronous copies, steps ahead of their use: levels as format 1 stores them, the scale and zero of a
+  group interleaved and side by side for rows side by side (`torch_int4.TRITON`).
 - A level becomes a number without a conversion: 0x4300 | q is the bf16 128 + q. Tensor cores multiply that exactly, a
   group's scale and zero are applied to the group's sum, and the 128 + 8 too many is taken off there, from the sum of
   x that the tensor cores make on the way.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import COMPILED, dot, options, prefetch
+from .interpreter import COMPILED, dot
 
 _TILE_ROWS = tl.constexpr(8)
 _TILE_WORDS = tl.constexpr(16)  # as many as a tensor-core instruction takes columns; a word is four levels
@@ -70,20 +71,11 @@ def _element(packed, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _first(pair):
-    """The first of two bf16 that lie in an int32, as float32."""
-    return (pair << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _second(pair):
-    return (pair & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _add_group(acc, q0, q1, q2, q3, x, scale, zero):
+def _add_group(acc, q0, q1, q2, q3, x, scale_zero):
     """Add one group to `acc` [rows of W, 8]: its levels, four bf16 [rows of W, 16], times x int64 [16, 8], four bf16
-    each."""
+    each. `scale_zero` int32 [rows of W]: two bf16 each."""
+    scale = (scale_zero << 16).to(tl.float32, bitcast=True)
+    zero = (scale_zero & -65536).to(tl.float32, bitcast=True)
     x0, x1, x2, x3 = _element(x, 0), _element(x, 1), _element(x, 2), _element(x, 3)
     ones = tl.full(q0.shape, 1.0, tl.float32).to(tl.bfloat16)
     nothing = tl.zeros((q0.shape[0], _TILE_ROWS), tl.float32)
@@ -94,20 +86,11 @@ def _add_group(acc, q0, q1, q2, q3, x, scale, zero):
 
 
 @triton.jit
-def _step(
-    acc,
-    q,
-    x,
-    scale,
-    zero,
-    pairs,
-    x_mask,
-    step,
-    K: tl.constexpr,
-    TURN: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-):
-    """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8]."""
+def _step(acc, q, x, scale_zero, rows, x_mask, step, K: tl.constexpr, TURN: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8].
+
+    `scale_zero` points at those of the first group; the next group's are `rows` further.
+    """
     if (K // _STEP) % TURN:  # the last turn may reach past the row: it reads the last columns again, times nothing
         x_mask &= step < K // _STEP
         step = tl.minimum(step, K // _STEP - 1)
@@ -117,18 +100,16 @@ def _step(
     far_x = tl.load(x + word + _TILE_WORDS, mask=x_mask, other=0)
     q0, q1, q2, q3 = _levels(near)
     r0, r1, r2, r3 = _levels(far)
+    group = scale_zero + step * (_STEP // GROUP_SIZE) * rows
     if GROUP_SIZE == 64:  # a tile is a group
-        scales, zeros = tl.load(scale + pairs + step), tl.load(zero + pairs + step)
-        acc = _add_group(acc, q0, q1, q2, q3, near_x, _first(scales), _first(zeros))
-        acc = _add_group(acc, r0, r1, r2, r3, far_x, _second(scales), _second(zeros))
+        acc = _add_group(acc, q0, q1, q2, q3, near_x, tl.load(group))
+        acc = _add_group(acc, r0, r1, r2, r3, far_x, tl.load(group + rows))
     else:  # a tile is two groups: each sees its own half of x
         first_half = tl.arange(0, _TILE_WORDS)[:, None] < _TILE_WORDS // 2
-        scales, zeros = tl.load(scale + pairs + 2 * step), tl.load(zero + pairs + 2 * step)
-        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, near_x, 0), _first(scales), _first(zeros))
-        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, 0, near_x), _second(scales), _second(zeros))
-        scales, zeros = tl.load(scale + pairs + 2 * step + 1), tl.load(zero + pairs + 2 * step + 1)
-        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, far_x, 0), _first(scales), _first(zeros))
-        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, 0, far_x), _second(scales), _second(zeros))
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, near_x, 0), tl.load(group))
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, 0, near_x), tl.load(group + rows))
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, far_x, 0), tl.load(group + 2 * rows))
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, 0, far_x), tl.load(group + 3 * rows))
     return acc
 
 
@@ -136,8 +117,7 @@ def _step(
 def _int4_kernel(
     x_ptr,
     q_ptr,
-    scale_ptr,
-    zero_ptr,
+    scale_zero_ptr,
     out_ptr,
     M,
     N,
@@ -148,15 +128,13 @@ def _int4_kernel(
     BLOCK_N: tl.constexpr,
     TURN: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
     """Partial sums [SPLITS, M, N]; or, where gated, silu of rows 0..N of W times rows N..2N, [M, N]."""
     words_a_row: tl.constexpr = K // 4
-    pairs_a_row: tl.constexpr = K // (2 * GROUP_SIZE)
     steps: tl.constexpr = K // _STEP
     steps_a_split: tl.constexpr = (steps + SPLITS * TURN - 1) // (SPLITS * TURN) * TURN
     columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the result
+    rows = 2 * N if GATED else N
     r, m, word = tl.arange(0, BLOCK_N), tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
     row = tl.minimum(tl.program_id(0) * columns + r % columns, N - 1)  # past the end the last one is read again
     if GATED:
@@ -165,17 +143,12 @@ def _int4_kernel(
     stop = tl.minimum(start + steps_a_split, steps)
     q = q_ptr + row.to(tl.int64)[:, None] * words_a_row + word[None, :]
     x = x_ptr + m[None, :] * words_a_row + word[:, None]
-    if OVERLAPPED:  # W is there already, x may not be
-        prefetch(q_ptr + row.to(tl.int64) * words_a_row + start * 2 * _TILE_WORDS, min(steps_a_split * 64, PREFETCHED))
-        tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     for turn in tl.range(start, stop, TURN, num_stages=STAGES):
         for offset in tl.static_range(TURN):
             acc = _step(
-                acc, q, x, scale_ptr, zero_ptr, row * pairs_a_row, m[None, :] < M, turn + offset, K, TURN, GROUP_SIZE
+                acc, q, x, scale_zero_ptr + row, rows, m[None, :] < M, turn + offset, K, TURN, GROUP_SIZE
             )
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = (n[:, None] < N) & (m[None, :] < M)
     if GATED:
@@ -198,9 +171,8 @@ def _int8_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
 ):
+    """Partial sums [SPLITS, M, N]."""
     steps: tl.constexpr = K // _STEP
     steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -209,34 +181,26 @@ def _int8_kernel(
     row = tl.minimum(n, N - 1)
     q = q_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     x = x_ptr + m[None, :] * K + k[:, None]
-    start, stop = split * steps_a_split, tl.minimum(split * steps_a_split + steps_a_split, steps)
-    if OVERLAPPED:  # W is there already, x may not be
-        prefetch(q_ptr + row.to(tl.int64) * K + start * _STEP, min(steps_a_split * _STEP, PREFETCHED))
-        tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for step in tl.range(start, stop, num_stages=STAGES):
+    for step in tl.range(split * steps_a_split, tl.minimum((split + 1) * steps_a_split, steps), num_stages=STAGES):
         values = tl.load(x + step * _STEP, mask=m[None, :] < M, other=0.0)
         levels = tl.load(q + step * _STEP)
         if not COMPILED:  # the interpreter makes bf16 of floats only
             levels = levels.to(tl.float32)
         acc = dot(levels.to(tl.bfloat16), values, acc)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
     acc *= tl.load(scale_ptr + row)[:, None]
     out = out_ptr + (split * M + m[None, :]) * N + n[:, None]
     tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: rows of W a program, warps, steps a turn, turns whose bytes are under way, parts of K; and
-    how many bytes of each row are fetched into the L2 cache before x is waited for."""
+    """How a product is cut: rows of W a program, warps, steps a turn, turns whose bytes are under way, parts of K."""
 
     block_n: int
     warps: int
     turn: int
     stages: int
     splits: int = 1
-    prefetched: int = 1024
 
 
 def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
@@ -260,48 +224,43 @@ def _splits(n: int, k: int, block_n: int) -> int:
     return splits
 
 
-def int4_sums(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N], to be added in order.
 
-    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2], scale and zero bf16 [N, K/group_size] as format 1 stores
-    them.
+    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2]; `scale_zero` bf16 [K/group_size, N, 2].
     """
     tiles = int4_tiles(q.shape[0], x.shape[1], gated=False)
     out = torch.empty(tiles.splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)
-    _int4(x, q, scale, zero, out, tiles, gated=False)
+    _int4(x, q, scale_zero, out, tiles, gated=False)
     return out
 
 
-def gated_int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T), bf16 [M, N], where q [2N, K/2] holds the rows of G and then those of U."""
     n = q.shape[0] // 2
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    _int4(x, q, scale, zero, out, int4_tiles(n, x.shape[1], gated=True), gated=True)
+    _int4(x, q, scale_zero, out, int4_tiles(n, x.shape[1], gated=True), gated=True)
     return out
 
 
-def _int4(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, out: Tensor, tiles: Tiles, gated: bool) -> None:
+def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, tiles: Tiles, gated: bool) -> None:
     (m, k), n = x.shape, out.shape[-1]
     columns = tiles.block_n // 2 if gated else tiles.block_n
-    overlapped, launch = options(x.device, tiles.warps)
     _int4_kernel[triton.cdiv(n, columns), tiles.splits](
         x.view(torch.int64),
         q.view(torch.int16),
-        scale.view(torch.int32),
-        zero.view(torch.int32),
+        scale_zero.view(torch.int32),
         out,
         m,
         n,
         K=k,
-        GROUP_SIZE=k // scale.shape[1],
+        GROUP_SIZE=k // scale_zero.shape[0],
         GATED=gated,
         SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n,
         TURN=tiles.turn,
         STAGES=tiles.stages,
-        PREFETCHED=tiles.prefetched,
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=tiles.warps,
     )
 
 
@@ -310,7 +269,6 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     (m, k), n = x.shape, q.shape[0]
     tiles = int8_tiles(n, k)
     out = torch.empty(tiles.splits, m, n, dtype=torch.float32, device=x.device)
-    overlapped, launch = options(x.device, tiles.warps)
     _int8_kernel[triton.cdiv(n, tiles.block_n), tiles.splits](
         x,
         q,
@@ -322,8 +280,6 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n,
         STAGES=tiles.stages,
-        PREFETCHED=tiles.prefetched,
-        OVERLAPPED=overlapped,
-        **launch,
+        num_warps=tiles.warps,
     )
     return out

@@ -26,8 +26,7 @@ def _pair(words, BYTE: tl.constexpr, scale, zero):
 @triton.jit
 def _dequantize_kernel(
     q_ptr,
-    scale_ptr,
-    zero_ptr,
+    scale_zero_ptr,
     out_ptr,
     N,
     WORDS: tl.constexpr,
@@ -39,9 +38,8 @@ def _dequantize_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
     word = n * WORDS + group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
     inside = (n < N) & (group < WORDS // GROUP_WORDS)
-    at = n * (WORDS // GROUP_WORDS) + group
-    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scale_zero = tl.load(scale_zero_ptr + group * N + n, mask=inside, other=0)  # two bf16
+    scale, zero = (scale_zero << 16).to(tl.float32, bitcast=True), (scale_zero & -65536).to(tl.float32, bitcast=True)
     words = tl.load(q_ptr + word, mask=inside, other=0)  # [rows, groups, words of a group]
     first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
     second = tl.join(_pair(words, 1, scale, zero), _pair(words, 3, scale, zero))
@@ -50,15 +48,14 @@ def _dequantize_kernel(
     tl.store(out_ptr + pair, pairs, mask=inside)
 
 
-def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """bf16 [N, K] from q uint8 [N, K/2] and scale, zero bf16 [N, K/group_size]; the bits of the plain one."""
+def dequantize_int4(q: Tensor, scale_zero: Tensor) -> Tensor:
+    """bf16 [N, K] from q uint8 [N, K/2] and bf16 [K/group_size, N, 2], scale and zero; the bits of the plain one."""
     n, half_k = q.shape
-    groups = scale.shape[1]
+    groups = scale_zero.shape[0]
     out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
     _dequantize_kernel[triton.cdiv(n, _BLOCK_N), triton.cdiv(groups, _GROUPS)](
         q.view(torch.int32),
-        scale,
-        zero,
+        scale_zero.view(torch.int32),
         out.view(torch.int32),
         n,
         WORDS=half_k // 4,

@@ -68,21 +68,17 @@ class Linear:
 
         Few rows are split over K where kernels exist, in float32; else there is one part, in x's dtype.
         """
-        if self.scheme.kind == "int4" and not self.needs_packing and ops.runs_few_rows_int4(x, self.scheme.group_size):
-            return ops.int4_sums(x, *self._stored)
-        if self.scheme.kind == "int8" and not self.scheme.rotation and ops.runs_few_rows_int8(x):
-            return ops.int8_sums(x, *self._stored)
+        if self.form == torch_int4.TRITON and ops.is_few_rows(x):
+            return ops.int4_sums(x, self.parts[".q"], self._scale_zero)
+        if self.scheme.kind == "int8" and not self.scheme.rotation and ops.is_few_rows(x):
+            return ops.int8_sums(x, self.parts[".q"], self.parts[".scale"])
         return self._product(x, None)[None]
 
     def gated(self, x: Tensor) -> Tensor:
         """x [M, K] -> silu(first half of the product) * second half, [M, N / 2]. There must be no bias."""
-        if self.scheme.kind == "int4" and not self.needs_packing and ops.runs_few_rows_int4(x, self.scheme.group_size):
-            return ops.gated_int4(x, *self._stored)
+        if self.form == torch_int4.TRITON and ops.is_few_rows(x):
+            return ops.gated_int4(x, self.parts[".q"], self._scale_zero)
         return ops.silu_product(self._product(x, None))
-
-    @property
-    def _stored(self) -> tuple[Tensor, ...]:
-        return tuple(self.parts.values())
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.scheme.kind == "plain":

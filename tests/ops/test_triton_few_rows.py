@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qruntime.ops import torch_int4
 from qruntime.quant.scheme import Scheme
 
 from ..quant.format1 import random_parts, restored
@@ -30,8 +31,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def given(scheme: Scheme, n: int, k: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """The operands of a random matrix as the kernels take them, and the matrix in float64."""
     parts = random_parts(scheme, n, k, seed)
-    return [part.to(DEVICE) for part in parts.values()], restored(parts, scheme).to(DEVICE)
+    q, *rest = parts.values()
+    if scheme.kind == "int4":
+        packed, scale_zero = torch.empty_like(q), torch.empty(k // scheme.group_size, n, 2, dtype=torch.bfloat16)
+        torch_int4.pack(torch_int4.TRITON, q, *rest, packed, scale_zero)
+        q, rest = packed, [scale_zero]
+    return [part.to(DEVICE) for part in (q, *rest)], restored(parts, scheme).to(DEVICE)
 
 
 def error(found: Tensor, x: Tensor, weight: Tensor) -> float:
