@@ -108,8 +108,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention in which query i of [H, S, d] sees keys 0..i of [H_kv, S, d]."""
     if devices.kind(query.device) == "mps":
-        length = query.shape[1]
-        return attention(query, key, value, torch.ones(length, length, dtype=torch.bool, device=query.device).tril())
+        positions = torch.arange(query.shape[1], device=query.device)
+        return attention(query, key, value, positions <= positions[:, None])
     return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)[0]
 
 
