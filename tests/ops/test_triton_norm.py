@@ -18,7 +18,7 @@ from qruntime.quant.scheme import ROTATIONS
 
 DEVICE = devices.resolve_device("auto") if backend.uses_triton(devices.resolve_device("auto")) else torch.device("cpu")
 EPS = 1e-5
-# A level is rounded from a value that tensor cores cut to TF32 twice on its way, by 2^-10 each: of 127 levels, a quarter.
+# A level is rounded from a value that tensor cores cut to TF32 twice, by 2^-10 each: a quarter of a level in 127.
 HALF_LEVEL = 0.75
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 WIDTHS = (64, 256, 320, 768)
