@@ -174,10 +174,6 @@ class Packing:
         return slice(self.cond_text, self.cond_text + passes * self.image)
 
     @property
-    def text_rows(self) -> tuple[slice, ...]:
-        return slice(0, self.cond_text), slice(self.image_rows.stop, None)
-
-    @property
     def passes(self) -> tuple[slice, ...]:
         """The rows of each pass: cond, then uncond."""
         cond = slice(0, self.cond_text + self.image)
