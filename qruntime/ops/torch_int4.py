@@ -4,8 +4,8 @@ All compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 
 bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form (equal
 size, so that it fits where they came from), `linear` multiplies.
 
-- `triton` (CUDA, bf16): q as stored, scale and zero interleaved as [K/g, N, 2], so that rows side by side find theirs
-  side by side.
+- `triton` (CUDA, bf16): q as stored; scale and zero of two groups together, [K/2g, N, 2, 2], so that a row finds them
+  in eight bytes and rows side by side find theirs side by side.
 - `tinygemm` (CUDA without Triton, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
 - `avx512` (CPUs with native bf16): q shuffled, scale and zero interleaved.
 - `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so
@@ -55,9 +55,15 @@ def _inner_k_tiles(k: int) -> int:
 def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale_zero_out: Tensor) -> None:
     """Write stored parts in the form `kind`.
 
-    q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2]. The outputs
-    must not overlap the inputs.
+    q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2] (or what takes
+    as many bytes). The outputs must not overlap the inputs.
     """
+    if kind == TRITON:
+        n, groups = scale.shape
+        pairs = torch.stack((scale, zero), dim=-1).view(n, groups // 2, 2, 2)
+        scale_zero_out.view(groups // 2, n, 2, 2).copy_(pairs.transpose(0, 1))
+        q_out.copy_(q)
+        return
     scale_zero_out.copy_(torch.stack((scale.T, zero.T), dim=-1))
     if kind == "tinygemm":
         swapped = (q >> 4) | (q << 4)  # tinygemm wants the even element in the high nibble

@@ -3,16 +3,16 @@
 Such a product reads its matrix once and does little with it, so its floor is the matrix's bytes over the memory's
 bandwidth. Three things keep it near that floor.
 
-- Bytes come by asynchronous copies, steps ahead of their use: levels as format 1 stores them, the scale and zero of a
-  group interleaved and side by side for rows side by side (`torch_int4.TRITON`).
+- Bytes come by asynchronous copies, steps ahead of their use: levels as format 1 stores them, scales and zeros where a
+  row finds two groups' together (`torch_int4.TRITON`).
 - A level becomes a number without a conversion: 0x4300 | q is the bf16 128 + q. Tensor cores multiply that exactly, a
   group's scale and zero are applied to the group's sum, and the 128 + 8 too many is taken off there, from the sum of
   x that the tensor cores make on the way.
 - Where N alone gives too few programs the columns are split, and the partial sums are left to whoever reads the
   result: every operation behind a product reads a stack of parts and adds them in order.
 
-The rows of x are the columns of one tensor-core tile, eight of them whether used or not. So eight rows cost what one
-does, and a row's result has the same bits whatever rows stand beside it. Tiles and splits depend on N and K alone.
+The rows of x are the columns of one tensor-core tile, eight of them whether used or not. So eight rows cost little more
+than one, and a row's result has the same bits whatever rows stand beside it. Tiles and splits depend on N and K alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _element(packed, INDEX: tl.constexpr):
 @triton.jit
 def _add_group(acc, q0, q1, q2, q3, x, scale_zero):
     """Add one group to `acc` [rows of W, 8]: its levels, four bf16 [rows of W, 16], times x int64 [16, 8], four bf16
-    each. `scale_zero` int32 [rows of W]: two bf16 each."""
+    each. `scale_zero` int32 [rows of W], two bf16 each."""
     scale = (scale_zero << 16).to(tl.float32, bitcast=True)
     zero = (scale_zero & -65536).to(tl.float32, bitcast=True)
     x0, x1, x2, x3 = _element(x, 0), _element(x, 1), _element(x, 2), _element(x, 3)
@@ -86,30 +86,53 @@ def _add_group(acc, q0, q1, q2, q3, x, scale_zero):
 
 
 @triton.jit
-def _step(acc, q, x, scale_zero, rows, x_mask, step, K: tl.constexpr, TURN: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def _load_x(x, word, x_mask, SINGLE: tl.constexpr):
+    """Sixteen words of each row of x, int64 [16, 8]; a single row stands in every column."""
+    if SINGLE:
+        return tl.load(x + word, mask=x_mask, other=0).broadcast_to((_TILE_WORDS, _TILE_ROWS))
+    else:
+        return tl.load(x + word, mask=x_mask, other=0)
+
+
+@triton.jit
+def _step(
+    acc,
+    q,
+    x,
+    scale_zero,
+    rows,
+    x_mask,
+    step,
+    K: tl.constexpr,
+    SINGLE: tl.constexpr,
+    TURN: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
     """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8].
 
-    `scale_zero` points at those of the first group; the next group's are `rows` further.
+    `scale_zero` points at those of the first two groups; the next two's are `rows` further.
     """
     if (K // _STEP) % TURN:  # the last turn may reach past the row: it reads the last columns again, times nothing
         x_mask &= step < K // _STEP
         step = tl.minimum(step, K // _STEP - 1)
     word = step * 2 * _TILE_WORDS
     near, far = tl.load(q + word), tl.load(q + word + _TILE_WORDS)
-    near_x = tl.load(x + word, mask=x_mask, other=0)
-    far_x = tl.load(x + word + _TILE_WORDS, mask=x_mask, other=0)
+    near_x = _load_x(x, word, x_mask, SINGLE)
+    far_x = _load_x(x, word + _TILE_WORDS, x_mask, SINGLE)
     q0, q1, q2, q3 = _levels(near)
     r0, r1, r2, r3 = _levels(far)
-    group = scale_zero + step * (_STEP // GROUP_SIZE) * rows
     if GROUP_SIZE == 64:  # a tile is a group
-        acc = _add_group(acc, q0, q1, q2, q3, near_x, tl.load(group))
-        acc = _add_group(acc, r0, r1, r2, r3, far_x, tl.load(group + rows))
+        pair = tl.load(scale_zero + step * rows)
+        acc = _add_group(acc, q0, q1, q2, q3, near_x, pair.to(tl.int32))
+        acc = _add_group(acc, r0, r1, r2, r3, far_x, (pair >> 32).to(tl.int32))
     else:  # a tile is two groups: each sees its own half of x
         first_half = tl.arange(0, _TILE_WORDS)[:, None] < _TILE_WORDS // 2
-        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, near_x, 0), tl.load(group))
-        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, 0, near_x), tl.load(group + rows))
-        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, far_x, 0), tl.load(group + 2 * rows))
-        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, 0, far_x), tl.load(group + 3 * rows))
+        pair = tl.load(scale_zero + 2 * step * rows)
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, near_x, 0), pair.to(tl.int32))
+        acc = _add_group(acc, q0, q1, q2, q3, tl.where(first_half, 0, near_x), (pair >> 32).to(tl.int32))
+        pair = tl.load(scale_zero + (2 * step + 1) * rows)
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, far_x, 0), pair.to(tl.int32))
+        acc = _add_group(acc, r0, r1, r2, r3, tl.where(first_half, 0, far_x), (pair >> 32).to(tl.int32))
     return acc
 
 
@@ -124,6 +147,7 @@ def _int4_kernel(
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GATED: tl.constexpr,
+    SINGLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TURN: tl.constexpr,
@@ -142,12 +166,15 @@ def _int4_kernel(
     start = tl.program_id(1) * steps_a_split
     stop = tl.minimum(start + steps_a_split, steps)
     q = q_ptr + row.to(tl.int64)[:, None] * words_a_row + word[None, :]
-    x = x_ptr + m[None, :] * words_a_row + word[:, None]
+    if SINGLE:
+        x, x_mask = x_ptr + word[:, None], tl.full((1, 1), 1, tl.int1)
+    else:
+        x, x_mask = x_ptr + m[None, :] * words_a_row + word[:, None], m[None, :] < M
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     for turn in tl.range(start, stop, TURN, num_stages=STAGES):
         for offset in tl.static_range(TURN):
             acc = _step(
-                acc, q, x, scale_zero_ptr + row, rows, m[None, :] < M, turn + offset, K, TURN, GROUP_SIZE
+                acc, q, x, scale_zero_ptr + row, rows, x_mask, turn + offset, K, SINGLE, TURN, GROUP_SIZE
             )
     n = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = (n[:, None] < N) & (m[None, :] < M)
@@ -206,8 +233,9 @@ class Tiles(NamedTuple):
 def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
     """For an int4 matrix [n, k]; with `gated`, [2n, k]. Found by measuring on an H100."""
     if gated:
-        return Tiles(block_n=32, warps=2, turn=1, stages=3)
-    return Tiles(block_n=64, warps=4, turn=2, stages=2, splits=_splits(n, k, 64))
+        return Tiles(block_n=32, warps=1, turn=2, stages=3)
+    splits = _splits(n, k, 32)
+    return Tiles(block_n=32, warps=1, turn=1 if splits > 4 else 2, stages=3, splits=splits)
 
 
 def int8_tiles(n: int, k: int) -> Tiles:
@@ -227,7 +255,7 @@ def _splits(n: int, k: int, block_n: int) -> int:
 def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N], to be added in order.
 
-    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2]; `scale_zero` bf16 [K/group_size, N, 2].
+    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2]; `scale_zero` bf16 [K/group_size, N, 2] in the form `torch_int4.TRITON`.
     """
     tiles = int4_tiles(q.shape[0], x.shape[1], gated=False)
     out = torch.empty(tiles.splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)
@@ -249,13 +277,14 @@ def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, tiles: Tiles, g
     _int4_kernel[triton.cdiv(n, columns), tiles.splits](
         x.view(torch.int64),
         q.view(torch.int16),
-        scale_zero.view(torch.int32),
+        scale_zero.flatten().view(torch.int64),
         out,
         m,
         n,
         K=k,
         GROUP_SIZE=k // scale_zero.shape[0],
         GATED=gated,
+        SINGLE=m == 1,
         SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n,
         TURN=tiles.turn,

@@ -38,7 +38,8 @@ def _dequantize_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
     word = n * WORDS + group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
     inside = (n < N) & (group < WORDS // GROUP_WORDS)
-    scale_zero = tl.load(scale_zero_ptr + group * N + n, mask=inside, other=0)  # two bf16
+    at = (group // 2 * N + n) * 2 + group % 2
+    scale_zero = tl.load(scale_zero_ptr + at, mask=inside, other=0)  # two bf16
     scale, zero = (scale_zero << 16).to(tl.float32, bitcast=True), (scale_zero & -65536).to(tl.float32, bitcast=True)
     words = tl.load(q_ptr + word, mask=inside, other=0)  # [rows, groups, words of a group]
     first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
@@ -49,7 +50,7 @@ def _dequantize_kernel(
 
 
 def dequantize_int4(q: Tensor, scale_zero: Tensor) -> Tensor:
-    """bf16 [N, K] from q uint8 [N, K/2] and bf16 [K/group_size, N, 2], scale and zero; the bits of the plain one."""
+    """bf16 [N, K] from the parts of an int4 matrix in the form `torch_int4.TRITON`; the bits of the plain one."""
     n, half_k = q.shape
     groups = scale_zero.shape[0]
     out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
