@@ -21,7 +21,6 @@ from .memory.parts import Parts
 from .models import ar
 
 WINDOW = 8  # tokens between two looks at the device, which is given at most two such windows ahead
-CAPACITY = 512  # caches hold a multiple of so many tokens, so that few graphs are captured
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
     """The codes int64 [pictures, count] of an order, and the logits of every picture's last code, on the device."""
     if not ops.uses_triton(parts.device, parts.dtype):
         return _one_by_one(parts, order, events)
-    codes, logits = [], []
     pictures = min(order.uniforms.shape[0], ops.MAX_ROWS)
-    tokens = len(order.prompt) + order.uniforms.shape[1]
-    capacity = -(-tokens // CAPACITY) * CAPACITY
-    decoder = parts.keep("decoder", (pictures, capacity, order.choice), lambda: Decoder(parts, pictures, capacity, order.choice))
+    capacity = ar.cache_capacity(len(order.prompt) + order.uniforms.shape[1])
+    made_for = pictures, capacity, order.choice
+    decoder = parts.keep("decoder", made_for, lambda: Decoder(parts, *made_for))
     first = decoder.read(order)
+    codes, logits = [], []
     for uniforms in order.uniforms.split(pictures):
         decoder.write(first, uniforms, events)
         codes.append(decoder.codes[: len(uniforms), : uniforms.shape[1]].clone())
@@ -109,8 +108,7 @@ class Decoder:
         self._table = parts.code_table()
         self._queue = devices.CopyQueue(device)
         self._cache = ar.KvCache.allocate(self._config, capacity, parts.dtype, device, pictures)
-        tables = torch.zeros(2, capacity, self._config.rotary_dim, device=device)
-        self._cos, self._sin = tables
+        self._cos, self._sin = torch.zeros(2, capacity, self._config.rotary_dim, device=device)
         self._uniforms = torch.zeros(pictures, capacity, device=device)
         self._prompt = torch.zeros(1, dtype=torch.int32, device=device)
         self._steps = torch.zeros(pictures, dtype=torch.int32, device=device)
@@ -127,8 +125,8 @@ class Decoder:
         read = ar.run_span(self._layers, self._config, order.prompt, order.positions, self._cache, 0)
         self._cache.share(prompt)
         self._prompt.fill_(prompt)
-        for static, table in zip((self._cos, self._sin), ar.rope_tables(self._config, order.code_positions), strict=True):
-            static[:count] = table
+        cos, sin = ar.rope_tables(self._config, order.code_positions)
+        self._cos[:count], self._sin[:count] = cos, sin
         return ar.logit_sums(self._head, self._config, read.last())
 
     def write(self, first: Tensor, uniforms: Tensor, events: Events) -> None:
@@ -139,7 +137,8 @@ class Decoder:
         drafts, count = uniforms.shape
         self._uniforms[:drafts, :count] = uniforms
         self._steps.zero_()
-        self._sample(first.expand(-1, self._steps.shape[0], -1).contiguous())
+        first = first.expand(-1, self._steps.shape[0], -1).contiguous()
+        self._sample(first)
         if count == 1:
             self.sums = first
         marks: deque[object | None] = deque()

@@ -128,8 +128,9 @@ def silu_product(gate_up: Tensor) -> Tensor:
 
 
 def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """Split qkv [S, (heads + 2 * kv_heads) * head_dim], turn queries and keys under tables [S, rotary_dim] of two equal halves, put keys and
-    values in rows start..start+S of a layer's cache [kv_heads, capacity, head_dim]; queries [heads, S, head_dim]."""
+    """Split qkv [S, (heads + 2 * kv_heads) * head_dim], turn queries and keys under tables [S, rotary_dim] of two equal
+    halves, put keys and values in rows start..start+S of a layer's cache [kv_heads, capacity, head_dim]. Returns the
+    queries [heads, S, head_dim]."""
     length, (kv_heads, _, head_dim) = qkv.shape[0], keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     query, key, value = qkv.view(length, -1, head_dim).transpose(0, 1).split((heads, kv_heads, kv_heads))
@@ -152,7 +153,8 @@ def attend_token(
     """Attention of one token of each of M pictures, [M, heads * head_dim].
 
     `sums` [parts, M, (heads + 2 * kv_heads) * head_dim] is the product that makes queries, keys and values, without its
-    `bias`; `cos`, `sin` [tokens, rotary_dim], two equal halves each; keys and values [M, kv_heads, capacity, head_dim] gain row prompt + step.
+    `bias`; `cos`, `sin` [tokens, rotary_dim], two equal halves each; keys and values [M, kv_heads, capacity, head_dim]
+    gain row prompt + step.
     """
     qkv = total(sums, keys.dtype)
     if bias is not None:

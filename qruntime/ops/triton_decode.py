@@ -73,7 +73,7 @@ def add_norm(
         WIDTH=width,
         PARTS=0 if parts is None else parts.shape[0],
         BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        num_warps=min(max(block // 128, 1), 32),
     )
     return total, out
 
@@ -334,7 +334,7 @@ def attend_token(
         PARTS=count,
         TILE=max(_HEADS_TILE, triton.next_power_of_2(heads // kv_heads)),
         CHUNK=CHUNK,
-        num_warps=4,
+        num_warps=8,
     )
     _combine_kernel[heads, m](
         weighted,
@@ -484,5 +484,5 @@ def sample_token(
         TOP_K=top_k is not None and top_k < choices,
         BLOCK=block,
         HIDDEN_BLOCK=triton.next_power_of_2(size),
-        num_warps=min(max(block // 512, 1), 32),
+        num_warps=min(max(block // 1024, 1), 16),
     )

@@ -173,9 +173,7 @@ def _int4_kernel(
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
     for turn in tl.range(start, stop, TURN, num_stages=STAGES):
         for offset in tl.static_range(TURN):
-            acc = _step(
-                acc, q, x, scale_zero_ptr + row, rows, x_mask, turn + offset, K, SINGLE, TURN, GROUP_SIZE
-            )
+            acc = _step(acc, q, x, scale_zero_ptr + row, rows, x_mask, turn + offset, K, SINGLE, TURN, GROUP_SIZE)
     n = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = (n[:, None] < N) & (m[None, :] < M)
     if GATED:
@@ -232,22 +230,21 @@ class Tiles(NamedTuple):
 
 def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
     """For an int4 matrix [n, k]; with `gated`, [2n, k]. Found by measuring on an H100."""
-    if gated:
-        return Tiles(block_n=32, warps=1, turn=2, stages=3)
-    splits = _splits(n, k, 32)
-    return Tiles(block_n=32, warps=1, turn=1 if splits > 4 else 2, stages=3, splits=splits)
+    splits = 1 if gated else _splits(n, k)
+    turn, stages = (2, 3) if k // splits > 2048 else (1, 4)  # short rows want their bytes under way at once
+    return Tiles(block_n=32, warps=1, turn=turn, stages=stages, splits=splits)
 
 
 def int8_tiles(n: int, k: int) -> Tiles:
     """For an int8 matrix [n, k]."""
-    return Tiles(block_n=32, warps=1, turn=1, stages=4, splits=_splits(n, k, 32))
+    return Tiles(block_n=32, warps=1, turn=1, stages=4, splits=_splits(n, k))
 
 
-def _splits(n: int, k: int, block_n: int) -> int:
+def _splits(n: int, k: int) -> int:
     """Parts of K, each of four steps at least, that make 512 programs: about four for each multiprocessor of a large
     card."""
     splits = 1
-    while splits * triton.cdiv(n, block_n) < 512 and k // _STEP.value // (2 * splits) >= 4:
+    while splits * triton.cdiv(n, 32) < 512 and k // _STEP.value // (2 * splits) >= 4:
         splits *= 2
     return splits
 
@@ -255,7 +252,8 @@ def _splits(n: int, k: int, block_n: int) -> int:
 def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N], to be added in order.
 
-    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2]; `scale_zero` bf16 [K/group_size, N, 2] in the form `torch_int4.TRITON`.
+    x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2] and `scale_zero` bf16 [K/group_size, N, 2] in the form
+    `torch_int4.TRITON`.
     """
     tiles = int4_tiles(q.shape[0], x.shape[1], gated=False)
     out = torch.empty(tiles.splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)

@@ -14,8 +14,8 @@ from qruntime.ops import reference, torch_int4
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from qruntime.ops import triton_decode as decode  # noqa: E402
-from qruntime.ops import triton_int4  # noqa: E402
+from qruntime.ops import triton_decode as decode
+from qruntime.ops import triton_int4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter cuts bits off bf16 where a GPU rounds, again and again; in float32 it shows the arithmetic.
@@ -78,7 +78,8 @@ def test_rope_to_cache() -> None:
     assert close(query, exact_query)
     for found, wanted in zip(caches[0], exact, strict=True):
         assert close(found, wanted)
-        assert not found[:, :3].any() and not found[:, 8:].any()
+        assert not found[:, :3].any()
+        assert not found[:, 8:].any()
 
 
 def attention_inputs(pictures: int, parts: int, prompt: int, steps: list[int]) -> dict[str, Any]:
@@ -136,7 +137,8 @@ def sampled(sums: Tensor, uniforms: Tensor, temperature: float, top_k: int | Non
     spread[:, 2] = uniforms
     decode.sample_token(sums, spread, steps, codes, table, hidden, temperature, top_k, top_p)
     drawn = codes[:, 2]
-    assert (steps == 3).all() and (codes[:, [0, 1, 3, 4]] == -1).all()
+    assert (steps == 3).all()
+    assert (codes[:, [0, 1, 3, 4]] == -1).all()
     assert torch.equal(hidden, table[drawn])
     return drawn
 
@@ -161,7 +163,8 @@ def test_equal_logits_are_all_drawn() -> None:
 
 
 def test_no_number_still_gives_a_code() -> None:
-    drawn = sampled(torch.full((1, 2, WIDTH), float("nan"), device=DEVICE), torch.zeros(2, device=DEVICE), 0.9, None, 0.75)
+    nothing = torch.full((1, 2, WIDTH), float("nan"), device=DEVICE)
+    drawn = sampled(nothing, torch.zeros(2, device=DEVICE), 0.9, None, 0.75)
     assert ((drawn >= 0) & (drawn < CODES)).all()
 
 

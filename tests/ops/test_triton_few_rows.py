@@ -15,7 +15,7 @@ from ..quant.format1 import random_parts, restored
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from qruntime.ops import triton_few_rows as few  # noqa: E402
+from qruntime.ops import triton_few_rows as few
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ((1, 5, 256), (3, 32, 384), (8, 100, 1024), (2, 33, 2176))

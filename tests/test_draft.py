@@ -1,0 +1,186 @@
+"""Drafting by kernels, a token of several pictures at a time; in Triton's interpreter where there is no GPU.
+
+The model is random and small, but wide enough for the kernels: 128 features, int4 layers, an int8 head.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convert.recipe import RECIPES
+from qruntime import draft as drafting
+from qruntime import ops, sampling
+from qruntime.draft import Choice, Decoder, Order, draft
+from qruntime.errors import Cancelled
+from qruntime.events import Events
+from qruntime.models import ar
+from qruntime.models.config import TextConfig
+from qruntime.models.spec import block_layout
+from qruntime.models.weights import Weights
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CODES, HIDDEN, PROMPT = 48, 128, ops.MAX_ROWS + 1
+TEXT = TextConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=128,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=64,
+    vision_vocab_size=56,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rotary_dim=16,
+    mrope_section=(2, 3, 3),
+    qkv_bias=True,
+)
+CHOICE = Choice(temperature=0.9, top_k=None, top_p=0.75)
+
+
+def random_weights(spec: Any, dtype: torch.dtype) -> Weights:
+    from benchmarks.synthetic import random_block
+
+    schemes = RECIPES["balanced"].scheme_map("vision_language_encoder", [spec])
+    layout = block_layout(spec, schemes, "BF16" if dtype == torch.bfloat16 else "F32")
+    stored = Weights(spec, layout, random_block(spec, layout, torch.Generator(DEVICE).manual_seed(1)), torch.float32)
+    ready = Weights(spec, layout, stored.buffer.clone(), dtype)
+    for key, linear in ready.linears.items():
+        if linear.needs_packing:
+            linear.pack_from(stored.linear(key))
+    return ready
+
+
+def parts_in(dtype: torch.dtype) -> Any:
+    """What `draft` needs of `Parts`, over random weights; equal numbers in every dtype."""
+    config = SimpleNamespace(text=TEXT, vq=SimpleNamespace(codebook_size=CODES))
+    specs = ar.block_specs(config)  # type: ignore[arg-type]
+    layers = [ar.ArLayer(TEXT, random_weights(s, dtype)) for s in specs if s.kind == "layer"]
+    head = random_weights(next(s for s in specs if s.kind == "head"), dtype)
+    table = torch.randn(CODES, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE, dtype)
+    return SimpleNamespace(
+        device=DEVICE,
+        dtype=dtype,
+        checkpoint=SimpleNamespace(ar=config),
+        ar_layers=layers,
+        ar_head=SimpleNamespace(single=lambda: head),
+        code_table=lambda: table,
+        keep=lambda name, key, make: make(),
+    )
+
+
+def order_of(seeds: range, count: int, dtype: torch.dtype) -> Order:
+    prompt = torch.randn(PROMPT, HIDDEN, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE, dtype)
+    at = torch.arange(count, device=DEVICE)
+    code_positions = torch.stack((at * 0 + PROMPT, PROMPT + at // 3, PROMPT + at % 3))
+    uniforms = torch.stack([sampling.uniforms(seed, count) for seed in seeds]).to(DEVICE)
+    return Order(prompt, torch.arange(PROMPT, device=DEVICE).expand(3, -1), code_positions, uniforms, CHOICE)
+
+
+def events() -> Events:
+    return Events({"draft": 1})
+
+
+def drafted(parts: Any, order: Order) -> tuple[Tensor, Tensor]:
+    found = events()
+    with found.stage("draft", order.uniforms.numel()):
+        codes, logits = draft(parts, order, found)
+    assert found.stats["draft"]["units"] == order.uniforms.numel()
+    return codes, logits
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "WINDOW", 2)
+    for module in (ops, ops.torch_int4):
+        monkeypatch.setattr(module, "uses_triton", lambda device, dtype=torch.bfloat16: dtype == torch.bfloat16)
+
+
+def test_kernels_draft_what_float32_does(by_kernels: None) -> None:
+    """The logits behind the same codes are those of plain float32, but for the rounding of bf16; a uniform number
+    near an edge may then draw another code, so the codes are forced to be the same."""
+    count = 4
+    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), count, torch.bfloat16))
+    plain, order = parts_in(torch.float32), order_of(range(2), count, torch.float32)
+    for picture in range(2):
+        cache = ar.KvCache.allocate(TEXT, PROMPT + count, torch.float32, DEVICE)
+        ar.run_span(plain.ar_layers, TEXT, order.prompt, order.positions, cache, 0)
+        states = plain.code_table()[codes[picture, :-1]]
+        passed = ar.run_span(plain.ar_layers, TEXT, states, order.code_positions[:, : count - 1], cache, PROMPT)
+        exact = ar.logits(plain.ar_head.single(), TEXT, passed.last())[0]
+        assert (logits[picture] - exact).norm() / exact.norm() < 0.04
+        wanted = sampling.sample(logits[picture : picture + 1], order.uniforms[picture, -1:], 0.9, None, 0.75, CODES)
+        assert wanted == codes[picture, -1]
+
+
+def test_a_picture_is_the_same_in_any_company(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, count = parts_in(torch.bfloat16), 4
+    together, logits = drafted(parts, order_of(range(3), count, torch.bfloat16))
+    assert together.shape == (3, count)
+    assert len(together.unique(dim=0)) == 3
+    for seed in range(3):
+        alone, own_logits = drafted(parts, order_of(range(seed, seed + 1), count, torch.bfloat16))
+        assert torch.equal(alone[0], together[seed])
+        assert torch.equal(own_logits[0], logits[seed])
+    monkeypatch.setattr(ops, "MAX_ROWS", 2)  # two groups: two pictures, and one beside an idle row
+    grouped, _ = drafted(parts, order_of(range(3), count, torch.bfloat16))
+    assert torch.equal(grouped, together)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are captured on CUDA")
+def test_a_captured_token_is_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, order = parts_in(torch.bfloat16), order_of(range(2), 40, torch.bfloat16)
+    captured, _ = drafted(parts, order)
+    monkeypatch.setattr(drafting.devices, "capture", lambda device, work: work)
+    eager, _ = drafted(parts, order)
+    assert torch.equal(captured, eager)
+
+
+def test_a_single_code(by_kernels: None) -> None:
+    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), 1, torch.bfloat16))
+    assert codes.shape == (2, 1)
+    assert torch.isfinite(logits).all()
+    assert logits.shape == (2, TEXT.vision_vocab_size)
+
+
+def test_a_decoder_is_used_again(by_kernels: None) -> None:
+    """What an earlier, longer draft left behind is not seen."""
+    parts = parts_in(torch.bfloat16)
+    made: list[Decoder] = []
+
+    def keep(name: str, key: object, make: Any) -> Decoder:
+        made.extend([] if made else [make()])
+        return made[0]
+
+    fresh, _ = drafted(parts, order_of(range(1), 3, torch.bfloat16))
+    parts.keep = keep
+    drafted(parts, order_of(range(7, 8), 5, torch.bfloat16))
+    again, _ = drafted(parts, order_of(range(1), 3, torch.bfloat16))
+    assert torch.equal(again, fresh)
+
+
+def test_cancelled_within_two_windows(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, asked = 5 * drafting.WINDOW, []
+    order = order_of(range(1), count, torch.bfloat16)
+    found = Events({"draft": count}, cancel=lambda: bool(asked))
+    parts = parts_in(torch.bfloat16)
+    steps = 0
+
+    def counted(self: Decoder, token: Any = Decoder._token) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == drafting.WINDOW:
+            asked.append(True)
+        token(self)
+
+    monkeypatch.setattr(Decoder, "_token", counted)
+    with found.stage("draft", count), pytest.raises(Cancelled):
+        draft(parts, order, found)
+    assert steps <= 3 * drafting.WINDOW
