@@ -30,7 +30,6 @@ from .reference import (
     dequantize_int4,
     dequantize_int8,
     linear_int4,
-    linear_int8,
     modulated_norm,
     rms_norm,
     rotate,
@@ -111,6 +110,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         positions = torch.arange(query.shape[1], device=query.device)
         return attention(query, key, value, positions <= positions[:, None])
     return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)[0]
+
+
+def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """As `reference.linear_int8`."""
+    if not uses_triton(x.device, x.dtype):
+        return reference.linear_int8(x, q, scale, bias)
+    from . import triton_int8
+
+    return F.linear(x, triton_int8.dequantize_int8(q, scale, x.dtype), bias)
 
 
 def is_few_rows(x: Tensor) -> bool:

@@ -125,6 +125,19 @@ def test_tiles_change_no_bit() -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@dtypes
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (7, 320), (3, 5000)])
+def test_dequantising(n: int, k: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n * k)
+    q = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator).to(DEVICE)
+    scale = torch.rand(n, generator=generator).to(DEVICE)
+    found = triton_int8.dequantize_int8(q, scale, dtype)
+    assert found.dtype == dtype
+    assert error(found, q.double() * scale.double()[:, None]) <= ROUNDING[dtype]
+    if DEVICE.type == "cuda":  # which rounds to bf16 as torch does
+        assert torch.equal(found, reference.dequantize_int8(q, scale, dtype))
+
+
 def test_sums_past_what_float32_holds() -> None:
     """Levels at their largest, over the widest K of the model: 16384 * 127^2 is over 2^24, and odd sums must stay."""
     k = 16384
