@@ -21,6 +21,7 @@ from ..models import vae
 from ..models.ar import cache_capacity
 from ..models.dit import CHUNKS, MAX_CAPTURED_ROWS
 from ..models.spec import block_layout
+from ..ops import MAX_ROWS
 from ..quant.scheme import DTYPE_BYTES
 from ..request import SIZE_MULTIPLE, GenerateRequest
 from .blocks import STREAM_SLOTS
@@ -225,7 +226,8 @@ def _read_tokens(request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
 
 def _cache_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
     text = checkpoint.ar.text
-    capacity = cache_capacity(_read_tokens(request, sides) + request.draft_tokens)
+    together = min(request.num_images_per_prompt, MAX_ROWS)  # each picture has keys and values of its own
+    capacity = together * cache_capacity(_read_tokens(request, sides) + request.draft_tokens)
     return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
 
 
