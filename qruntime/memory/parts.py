@@ -127,8 +127,12 @@ class Parts:
         return self._rows("transformer", "prior_token_embedding.weight", ids)
 
     def _rows(self, component: str, name: str, ids: Tensor) -> Tensor:
-        """Rows of a table that stays in its file; checked for NaN, since no loader sees the whole of it."""
-        rows = self.checkpoint.components[component].tensor(name)[ids]
+        """Rows of a table that stays in its file; checked for NaN, since no loader sees the whole of it.
+
+        Each row that is asked for is read and sent once, and checked where that is fast: on the device.
+        """
+        different, where = ids.unique(return_inverse=True)
+        rows = self.checkpoint.components[component].tensor(name)[different].to(self.device)
         if not torch.isfinite(rows).all():
             raise CheckpointError(f"{component}: {name} holds NaN or infinite values", "fetch the checkpoint again")
-        return rows.to(device=self.device, dtype=self.dtype)
+        return rows.to(self.dtype)[where.to(self.device)]
