@@ -90,7 +90,9 @@ def write(files: Mapping[str, Results], out: Path) -> list[Path]:
 def readme_section(files: Mapping[str, Results], charts_in: str) -> str:
     """What the README says of measurements, in Markdown. `charts_in`: where it finds the charts that `write` made."""
     whole = summary(files.values())
-    machines = dict.fromkeys(f"{chip(each['machine'])}, torch {each['machine']['torch'].partition('+')[0]}" for each in files.values())
+    machines = dict.fromkeys(
+        f"{chip(each['machine'])}, torch {each['machine']['torch'].partition('+')[0]}" for each in files.values()
+    )
     parts = [
         f"Random weights of full size on one {'; on one '.join(machines)}. Pictures have {STEPS} steps and a prompt of "
         f"{PROMPT_TOKENS} tokens where nothing else is said.",
