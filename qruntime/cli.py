@@ -239,7 +239,7 @@ def _open_pipeline(model: str | Path, device: str, vram: str, reporter: Reporter
     from .pipeline import GlmImagePipeline
 
     pipe = GlmImagePipeline.from_pretrained(
-        model, device=device, vram=vram, announce=lambda text: reporter.event("download", text)
+        model, device=device, vram=vram, announce=lambda text: reporter.event("note", text)
     )
     if pipe.vram_bytes is not None:
         devices.cap_memory(pipe.device, pipe.vram_bytes - CUDA_CONTEXT_BYTES)

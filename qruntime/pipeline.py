@@ -109,7 +109,8 @@ class GlmImagePipeline:
         revision: str | None = None,
         announce: Callable[[str], None] = lambda message: None,
     ) -> GlmImagePipeline:
-        """Open a converted or an official folder, or a hub id (downloaded once, its size announced first).
+        """Open a converted or an official folder, or a hub id (downloaded once, its size announced first; where a CUDA
+        device has to do without the Triton kernels, that is announced too).
 
         `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16,
         float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
@@ -118,6 +119,9 @@ class GlmImagePipeline:
         named = _one_of("device", device, "device_map", _device_of(device_map))
         found = devices.resolve_device("auto" if named is None else named)
         precision = devices.resolve_dtype(_one_of("dtype", dtype, "torch_dtype", torch_dtype), found)
+        lacking = ops.why_not_triton(found, precision) if devices.kind(found) == "cuda" else None
+        if lacking is not None:
+            announce(f"{found} is many times slower than it could be without the Triton kernels: {lacking}")
         folder = locate(model, announce=announce, revision=revision)
         return cls(Checkpoint.open(folder), found, precision, vram_bytes(vram))
 

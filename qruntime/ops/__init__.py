@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from .. import device as devices
 from ..errors import InputError
 from . import attention_backend, reference, torch_int4
-from .backend import uses_triton
+from .backend import uses_triton, why_not_triton
 from .dit_block import (
     add_gated_int8_rows,
     int8_rows,
@@ -69,6 +69,7 @@ __all__ = [
     "torch_int4",
     "total",
     "uses_triton",
+    "why_not_triton",
 ]
 
 MAX_ROWS = 8  # of a product that the few-row kernels take

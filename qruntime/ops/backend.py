@@ -31,10 +31,23 @@ def triton_version() -> tuple[int, int] | None:
 
 def uses_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether products in `dtype` on `device` run through the Triton kernels."""
-    if devices.kind(device) != "cuda" or dtype != torch.bfloat16:
-        return False
+    return devices.kind(device) == "cuda" and why_not_triton(device, dtype) is None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a CUDA device lacks for the Triton kernels, in words; None where it lacks nothing."""
+    if dtype != torch.bfloat16:
+        return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}"
     capability, found = devices.compute_capability(device), triton_version()
-    return capability is not None and capability >= OLDEST_CAPABILITY and found is not None and found >= OLDEST_TRITON
+    if capability is None or capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, each)) for each in (capability or (0, 0), OLDEST_CAPABILITY))
+        return f"the card's compute capability is {have}, and they need {need}"
+    if found is None:
+        return "Triton is not installed"
+    if found < OLDEST_TRITON:
+        have, need = (".".join(map(str, each)) for each in (found, OLDEST_TRITON))
+        return f"Triton is {have}, and they need {need}"
+    return None
 
 
 def uses_gluon(device: torch.device) -> bool:

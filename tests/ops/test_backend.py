@@ -1,0 +1,62 @@
+"""Who runs the Triton kernels, and what the others are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qruntime import device as devices
+from qruntime.ops import backend
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "compute_capability", lambda device: (8, 0) if device.type == "cuda" else None)
+    monkeypatch.setattr(backend, "triton_version", lambda: (3, 6))
+
+
+def test_a_card_with_triton_does(card: None) -> None:
+    assert backend.uses_triton(CUDA)
+    assert backend.why_not_triton(CUDA, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_no_other_device_does(card: None, device: str) -> None:
+    assert not backend.uses_triton(torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "dtype", "said"),
+    [
+        ((7, 5), (3, 6), torch.bfloat16, "compute capability is 7.5, and they need 8.0"),
+        ((8, 6), None, torch.bfloat16, "Triton is not installed"),
+        ((8, 6), (3, 4), torch.bfloat16, "Triton is 3.4, and they need 3.5"),
+        ((8, 6), (3, 6), torch.float32, "they compute in bfloat16, not in float32"),
+    ],
+)
+def test_what_is_lacking_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    triton: tuple[int, int] | None,
+    dtype: torch.dtype,
+    said: str,
+) -> None:
+    monkeypatch.setattr(devices, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(backend, "triton_version", lambda: triton)
+    assert not backend.uses_triton(CUDA, dtype)
+    assert said in str(backend.why_not_triton(CUDA, dtype))
+
+
+def test_a_pipeline_without_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qruntime.errors import QruntimeError
+    from qruntime.pipeline import GlmImagePipeline
+
+    monkeypatch.setattr(devices, "resolve_device", lambda name: CUDA)
+    monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 0))
+    said: list[str] = []
+    with pytest.raises(QruntimeError):
+        GlmImagePipeline.from_pretrained("no-such-folder/at/all", announce=said.append)
+    assert len(said) == 1
+    assert "7.0" in said[0]
