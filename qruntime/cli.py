@@ -10,20 +10,23 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import InputError, QruntimeError
+from .errors import InputError, MemoryBudgetError, QruntimeError
 from .request import MAX_SOURCE_PICTURES, GenerateRequest
 
 if TYPE_CHECKING:
     from .events import Progress
+    from .memory.planner import Plan
     from .pipeline import GlmImagePipeline
 
 GB = 10**9
@@ -32,6 +35,7 @@ DEMO_PROMPT = (
     'A poster that says "HELLO" in the middle, with a red heart at the top left and a blue star at the bottom right on '
     "a cream background"
 )
+_BAR = 20  # characters of a bar
 MAX_SIZE_CHARS = 40  # Python refuses to read numbers of thousands of digits
 _DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
 
@@ -226,6 +230,9 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
     for index, picture in enumerate(out.images):
         metadata = {**request.settings(index), **made_with}
         files.append(str(save_png(picture, output, metadata)))
+    if out.stats["plan_given_up"]:
+        given_up, plan = out.stats["plan_given_up"], out.stats["plan"]
+        reporter.event("note", f"memory ran out under the plan '{given_up}': drawn under '{plan}', the same picture")
     stages = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in out.stats["stages"].items())
     reporter.event("stats", f"seed {out.seed}, {seconds:.1f} s ({stages})", **out.stats)
     reporter.result("\n".join(files), files=files, seed=out.seed, seconds=seconds, stats=out.stats)
@@ -257,7 +264,8 @@ def _convert(args: argparse.Namespace, reporter: Reporter) -> int:
 
 def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     from .checkpoint.reader import Checkpoint
-    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan
+    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan, fastest, next_faster
+    from .memory.rates import ASSUMED, H100
     from .pipeline import vram_bytes
 
     width, height = _size(args.size)
@@ -267,22 +275,92 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     request = GenerateRequest(prompt="", images=sources, height=height, width=width)
     checkpoint = Checkpoint.open(args.model)
     budget = vram_bytes(args.vram)
-    plans = every_plan(checkpoint, "BF16", request, overhead_bytes=CUDA_CONTEXT_BYTES)
-    fitting = [plan.mode for plan in plans if budget is None or plan.peak_bytes <= budget]
+    plans, on_h100 = (
+        every_plan(checkpoint, "BF16", request, overhead_bytes=CUDA_CONTEXT_BYTES, rates=rates)
+        for rates in (ASSUMED, H100)
+    )
     lines = [f"{args.model}: recipe {checkpoint.recipe}, {width}x{height}, bf16 on CUDA, gigabytes of 10^9 bytes", ""]
-    lines.append(f"{'phase':<16}" + "".join(f"{plan.mode:>22}" for plan in plans))
-    lines.append(f"{'':<16}" + f"{'weights + working':>22}" * len(plans))
-    for phases in zip(*(plan.phases for plan in plans), strict=True):
-        cells = [f"{p.weights_bytes / GB:.2f} + {p.working_bytes / GB:.2f}" for p in phases]
-        lines.append(f"{phases[0].name:<16}" + "".join(f"{cell:>22}" for cell in cells))
-    lines.append(f"{'process peak':<16}" + "".join(f"{plan.peak_bytes / GB:>22.2f}" for plan in plans))
+    lines += _plan_table(plans, on_h100)
+    fields: dict[str, Any] = {
+        "peak_bytes": {plan.mode: plan.peak_bytes for plan in plans},
+        "overhead_bytes": CUDA_CONTEXT_BYTES,
+        "phases": {plan.mode: [asdict(phase) for phase in plan.phases] for plan in plans},
+        "seconds": {plan.mode: plan.seconds for plan in plans},
+        "seconds_h100": {plan.mode: plan.seconds for plan in on_h100},
+        "modes": list(MODES),
+        "chosen": None,
+    }
+    code = 0
     if budget is not None:
-        chosen = fitting[0] if fitting else f"none: {min(p.peak_bytes for p in plans) / GB:.2f} GB are needed"
-        lines += ["", f"--vram {budget / GB:g}: {chosen}"]
-    peaks = {plan.mode: plan.peak_bytes for plan in plans}
-    chosen_mode = fitting[0] if fitting and budget is not None else None
-    reporter.result("\n".join(lines), peak_bytes=peaks, modes=list(MODES), chosen=chosen_mode)
-    return 0 if fitting else InputError.exit_code
+        lines += ["", f"--vram {budget / GB:g}: "]
+        try:
+            chosen = fastest(plans, request, budget)
+        except MemoryBudgetError as error:
+            code = error.exit_code
+            lines[-1] += f"nothing fits. {error}"
+            fields["missing_bytes"] = min(plan.peak_bytes for plan in plans) - budget
+        else:
+            lines[-1] += chosen.mode
+            lines += _plan_bars(chosen, budget)
+            fields["chosen"] = chosen.mode
+            if faster := next_faster(plans, chosen):
+                gained, on_h100_gained = (
+                    each[MODES.index(chosen.mode)].seconds - each[MODES.index(faster.mode)].seconds
+                    for each in (plans, on_h100)
+                )
+                enough = math.ceil(faster.peak_bytes / GB * 100) / 100
+                lines.append(
+                    f"--vram {enough:.2f} is the next that gains: {faster.mode}, {gained:.1f} s less "
+                    f"({on_h100_gained:.1f} s on an H100)"
+                )
+                fields["next"] = {
+                    "mode": faster.mode,
+                    "vram_bytes": faster.peak_bytes,
+                    "seconds_gained": gained,
+                    "seconds_gained_h100": on_h100_gained,
+                }
+    reporter.result("\n".join(lines), **fields)
+    return code
+
+
+def _plan_table(plans: Sequence[Plan], on_h100: Sequence[Plan]) -> list[str]:
+    """A column a plan: bytes of every phase, the peak, and the seconds of a picture."""
+    from .memory.rates import ASSUMED
+
+    def row(name: str, cells: Iterable[str]) -> str:
+        return f"{name:<16}" + "".join(f"{cell:>22}" for cell in cells)
+
+    lines = [row("phase", (plan.mode for plan in plans)), row("", ["weights + working"] * len(plans))]
+    for phases in zip(*(plan.phases for plan in plans), strict=True):
+        cells = (f"{p.weights_bytes / GB:.2f} + {p.working_bytes / GB:.2f}" for p in phases)
+        lines.append(row(phases[0].name, cells))
+    lines.append(row("process peak", (f"{plan.peak_bytes / GB:.2f}" for plan in plans)))
+    lines.append(row("seconds", (f"{plan.seconds:.1f}" for plan in plans)))
+    lines.append(row("seconds, H100", (f"{plan.seconds:.1f}" for plan in on_h100)))
+    return [
+        *lines,
+        "",
+        "Seconds are predicted, of a picture after the first: on a card assumed to reach",
+        f"{ASSUMED.copy_bytes_per_s / GB:g} GB/s, {ASSUMED.bf16_operations_per_s / 10**12:g} TFLOPS in bf16, "
+        f"{ASSUMED.int8_operations_per_s / 10**12:g} TOPS in int8 and "
+        f"{ASSUMED.host_to_device_bytes_per_s / GB:g} GB/s from the host;",
+        "and at the rates that were measured of one H100.",
+    ]
+
+
+def _plan_bars(plan: Plan, budget_bytes: int) -> list[str]:
+    """Device memory over time: a line a phase, with its share of the seconds and of the budget."""
+    lines = [
+        f"{'':<16}{'seconds':>9}  {'share of the time':<{_BAR}}  {f'peak of {budget_bytes / GB:g} GB':<{_BAR + 2}}"
+    ]
+    for phase in plan.phases:
+        peak = plan.overhead_bytes + phase.peak_bytes
+        shares = phase.seconds / plan.seconds, peak / budget_bytes
+        time_bar, memory_bar = ("#" * max(1, round(_BAR * share)) for share in shares)
+        lines.append(
+            f"{phase.name:<16}{phase.seconds:9.1f}  {time_bar:<{_BAR}}  [{memory_bar:<{_BAR}}] {peak / GB:.2f}"
+        )
+    return [lines[0].rstrip(), *lines[1:]]
 
 
 def _info(args: argparse.Namespace, reporter: Reporter) -> int:

@@ -80,6 +80,7 @@ class Events:
         self._clock = clock
         self._began_s = clock()
         self._current: str | None = None
+        self.latest: str | None = None  # the stage that was entered last
         self._entered_s = 0.0
         self._reported_s = 0.0
 
@@ -98,7 +99,7 @@ class Events:
         stage.seen = True
         stage.entered += total
         stage.expected = max(stage.expected, stage.entered)
-        self._current = name
+        self._current = self.latest = name
         self._entered_s = self._clock()
         try:
             self._report(name, stage)
@@ -108,6 +109,11 @@ class Events:
             self._current = None
             if self._peak_bytes is not None:
                 stage.peak_bytes = max(stage.peak_bytes or 0, self._peak_bytes())
+
+    def repeat(self, name: str, finished: int) -> None:
+        """Count a stage that broke off as entered for the units that are `finished`; its seconds stay."""
+        stage = self._stages[name]
+        stage.entered = stage.done = finished
 
     def advance(self, units: int = 1) -> None:
         """Count `units` of the current stage as done, report if it is time, raise `Cancelled` if asked to stop."""

@@ -32,7 +32,7 @@ from .errors import InputError, QruntimeError
 from .events import Events, Progress
 from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_patches
 from .memory.parts import Parts
-from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, plan
+from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, plan
 from .models import dit, vision
 from .models.weights import DTYPE_NAMES
 from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
@@ -80,7 +80,13 @@ class _Job:
     cond_glyphs: Tensor | None = None
     uncond_glyphs: Tensor | None = None
     prior_token_ids: Tensor | None = None
+    noise: Tensor | None = None  # given by the caller; else drawn from the seeds
     latents: Tensor | None = None
+
+    @property
+    def source_sides(self) -> list[tuple[int, int]]:
+        """Height and width of each source picture as it was fitted."""
+        return [source.picture.size[::-1] for source in self.sources]
 
 
 class GlmImagePipeline:
@@ -237,12 +243,9 @@ class GlmImagePipeline:
     ) -> PipelineOutput:
         for job in jobs:
             self._open_sources(job)
-        plans = [self.plan(job.request, [source.picture.size[::-1] for source in job.sources]) for job in jobs]
+        plans = [self.plan(job.request, job.source_sides) for job in jobs]
         chosen = max(plans, key=lambda each: (MODES.index(each.mode), each.peak_bytes))
-        pictures = sum(job.request.num_images_per_prompt for job in jobs)
-        drafted = sum(_draft_units(job) for job in jobs)
-        steps = sum(job.request.num_inference_steps * job.request.num_images_per_prompt for job in jobs)
-        totals = {"encode": len(jobs), "draft": drafted, "denoise": steps, "decode": pictures}
+        totals = {stage: _units_left(jobs, stage) for stage in ("encode", "draft", "denoise", "decode")}
         events = Events(
             totals,
             progress=progress,
@@ -250,49 +253,75 @@ class GlmImagePipeline:
             reset_peak=lambda: devices.reset_peak(self.device),
             peak_bytes=None if devices.kind(self.device) == "cpu" else lambda: devices.peak_bytes(self.device),
         )
-        self._parts.follow(chosen, events.check)
-        with devices.current(self.device), devices.exact_arithmetic(self.device):
-            with self._stage(events, "encode", len(jobs)):
-                self._encode(jobs, events)
-            if drafted:
-                with self._stage(events, "draft", drafted):
-                    self._draft(jobs, events)
-            with self._stage(events, "denoise", steps):
-                self._denoise(jobs, events, callback)
-            latents = torch.cat([_required(job.latents) for job in jobs])
-            _require_finite(latents, "the latents hold")
-            images: Any = latents
-            if output_type != "latent":
-                with self._stage(events, "decode", pictures):
-                    images = self._decode(latents, events)
+        given_up: Plan | None = None
+        while True:
+            self._parts.follow(chosen, events.check)
+            try:
+                images, codes = self._draw(jobs, events, output_type, callback)
+                break
+            except RuntimeError as error:
+                if not devices.is_out_of_memory(error):
+                    raise
+                stage, held = events.latest or "encode", devices.peak_bytes(self.device) / GB
+            # Out of the handler, so that nothing holds the tensors of the attempt any more.
+            stricter = self._stricter(jobs, chosen)
+            if given_up is not None or stricter is None:
+                raise QruntimeError(
+                    f"{self.device} ran out of memory in stage {stage}, with {held:.2f} GB in tensors",
+                    "free memory that other programs hold, draw a smaller picture, or give a lower --vram",
+                )
+            self._parts.release()
+            events.repeat(stage, totals[stage] - _units_left(jobs, stage))
+            given_up, chosen = chosen, stricter
         stats: dict[str, Any] = {
             "stages": events.stats,
             "plan": chosen.mode,
+            "plan_given_up": None if given_up is None else given_up.mode,  # for want of memory, on the way
             "predicted_bytes": chosen.peak_bytes,
             "predicted_phases": {phase.name: phase.peak_bytes for phase in chosen.phases},
         }
-        return PipelineOutput(
-            images=to_pil(images) if output_type == "pil" else images,
-            prior_token_ids=torch.cat([_required(job.prior_token_ids) for job in jobs]),
-            seed=jobs[0].request.seeds[0],
-            stats=stats,
-        )
+        return PipelineOutput(images=images, prior_token_ids=codes, seed=jobs[0].request.seeds[0], stats=stats)
+
+    def _draw(
+        self, jobs: list[_Job], events: Events, output_type: str, callback: Callable[..., Any] | None
+    ) -> tuple[Any, Tensor]:
+        """What a call returns of all jobs, pictures and codes; of jobs that were begun before, what is left is done."""
+        with devices.current(self.device), devices.exact_arithmetic(self.device):
+            if left := _units_left(jobs, "encode"):
+                with self._stage(events, "encode", left):
+                    self._encode(jobs, events)
+            if left := _units_left(jobs, "draft"):
+                with self._stage(events, "draft", left):
+                    self._draft(jobs, events)
+            if left := _units_left(jobs, "denoise"):
+                with self._stage(events, "denoise", left):
+                    self._denoise(jobs, events, callback)
+            images: Any = torch.cat([_required(job.latents) for job in jobs])
+            _require_finite(images, "the latents hold")
+            if output_type != "latent":
+                with self._stage(events, "decode", len(images)):
+                    images = self._decode(images, events)
+        codes = torch.cat([_required(job.prior_token_ids) for job in jobs])
+        return to_pil(images) if output_type == "pil" else images, codes
+
+    def _stricter(self, jobs: list[_Job], given_up: Plan) -> Plan | None:
+        """The plan of the next mode that takes less memory, for the job that needs most; None behind the last."""
+        mode = MODES.index(given_up.mode) + 1
+        if mode == len(MODES):
+            return None
+        name, overhead = DTYPE_NAMES[self.dtype], given_up.overhead_bytes
+        plans = [
+            every_plan(self.checkpoint, name, job.request, overhead_bytes=overhead, source_sides=job.source_sides)[mode]
+            for job in jobs
+        ]
+        return max(plans, key=lambda each: each.peak_bytes)
 
     @contextmanager
     def _stage(self, events: Events, name: str, total: int) -> Iterator[None]:
         """A timed stage, which ends when the device has finished its work."""
-        try:
-            with events.stage(name, total):
-                yield
-                devices.synchronize(self.device)
-        except RuntimeError as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            held = devices.peak_bytes(self.device) / GB
-            raise QruntimeError(
-                f"{self.device} ran out of memory in stage {name}, with {held:.2f} GB in tensors",
-                "free memory that other programs hold, draw a smaller picture, or give a lower --vram",
-            ) from None
+        with events.stage(name, total):
+            yield
+            devices.synchronize(self.device)
 
     # Encode
 
@@ -376,7 +405,8 @@ class GlmImagePipeline:
         parts = self._parts
         with parts.phase(parts.dit_stem, parts.dit_adaln, parts.dit_blocks):
             for job in jobs:
-                job.latents = self._denoise_job(job, events, callback)
+                if job.latents is None:
+                    job.latents = self._denoise_job(job, events, callback)
 
     def _denoise_job(self, job: _Job, events: Events, callback: Callable[..., Any] | None) -> Tensor:
         """Latents [pictures, C, H/8, W/8], float32, of one job; all pictures take a step before the next one."""
@@ -421,8 +451,8 @@ class GlmImagePipeline:
         return parts.keep("predict", key, lambda: dit.CapturedPredict(stem, list(blocks), latents, given))
 
     def _starting_latents(self, job: _Job) -> Tensor:
-        if job.latents is not None:
-            return job.latents.to(device=self.device, dtype=torch.float32)
+        if job.noise is not None:
+            return job.noise.to(device=self.device, dtype=torch.float32)
         shape = _latent_shape(self.checkpoint, job.request)
         return torch.stack([sampling.noise(seed, shape) for seed in job.request.seeds]).to(self.device)
 
@@ -514,8 +544,20 @@ def _upsample(codes: Tensor, rows: int, columns: int) -> Tensor:
     return grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
 
 
-def _draft_units(job: _Job) -> int:
-    return 0 if job.prior_token_ids is not None else job.request.draft_tokens * job.request.num_images_per_prompt
+def _units_left(jobs: list[_Job], stage: str) -> int:
+    """Units of a stage that are yet to be done: prompts, codes, steps of pictures, or pictures."""
+    left = 0
+    for job in jobs:
+        request, pictures = job.request, job.request.num_images_per_prompt
+        if stage == "encode":
+            left += job.prompt is None
+        elif stage == "draft" and job.prior_token_ids is None:
+            left += request.draft_tokens * pictures
+        elif stage == "denoise" and job.latents is None:
+            left += request.num_inference_steps * pictures
+        elif stage == "decode":
+            left += pictures
+    return left
 
 
 def _latent_shape(checkpoint: Checkpoint, request: GenerateRequest) -> tuple[int, int, int]:
@@ -554,7 +596,7 @@ def _split_inputs(
     start = 0
     for job in jobs:
         stop = start + job.request.num_images_per_prompt
-        job.latents = None if latents is None else latents[start:stop]
+        job.noise = None if latents is None else latents[start:stop]
         job.prior_token_ids = None if prior_token_ids is None else prior_token_ids[start:stop]
         start = stop
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import qruntime
-from qruntime import cli
+from qruntime import cli, schedule
 from qruntime.checkpoint.manifest import MANIFEST
 from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES
 from qruntime.pipeline import GlmImagePipeline
@@ -384,6 +384,22 @@ def test_running_out_of_memory_is_one_line(call: Call, official: Folder, monkeyp
     assert "ran out of memory in stage denoise" in run.err.splitlines()[-1]
     assert "Traceback" not in run.err
     assert pictures() == []
+
+
+def test_memory_that_runs_out_once_costs_a_line(call: Call, official: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = schedule.euler_step, []
+
+    def explode_once(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*given)
+
+    monkeypatch.setattr("qruntime.pipeline.schedule.euler_step", explode_once)
+    run = generate(call, official())
+    assert run.code == 0
+    assert "memory ran out under the plan 'swapped': drawn under 'streamed'" in run.err
+    assert len(pictures()) == 1
 
 
 def test_ctrl_c_ends_in_one_line(call: Call, official: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,15 @@ from .planner import Plan
 
 M = TypeVar("M")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What `Parts.keep` holds: for what, the thing itself, and the device memory that making it took."""
+
+    key: Hashable
+    value: Any
+    nbytes: int
 
 
 class Parts:
@@ -53,7 +63,7 @@ class Parts:
             "transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w)
         )
         self._code_table: Tensor | None = None
-        self._kept: dict[str, tuple[Hashable, Any]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._keep = False
 
     @property
@@ -62,8 +72,8 @@ class Parts:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of device memory that weights hold now."""
-        return sum(blocks.held_bytes for blocks in self._all)
+        """Bytes of device memory that weights hold now, and what was built over them."""
+        return sum(blocks.held_bytes for blocks in self._all) + sum(kept.nbytes for kept in self._kept.values())
 
     def follow(self, plan: Plan, before_block: Callable[[], None]) -> None:
         """Arrange the parts as `plan` says; `before_block` is called before every block that runs."""
@@ -104,12 +114,15 @@ class Parts:
 
         For what is built over weights at their addresses, such as captured graphs.
         """
-        held = self._kept.get(name)
-        if held is None or held[0] != key:
+        kept = self._kept.get(name)
+        if kept is None or kept.key != key:
+            kept = None
             self._kept.pop(name, None)  # before another is made: both may not fit
-            self._kept[name] = held = key, make()
-        made: T = held[1]
-        return made
+            before = devices.allocated_bytes(self.device)
+            made = make()
+            kept = self._kept[name] = _Kept(key, made, max(devices.allocated_bytes(self.device) - before, 0))
+        value: T = kept.value
+        return value
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays
