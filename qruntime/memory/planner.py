@@ -7,7 +7,8 @@ preferred:
 - `swapped`: a phase's weights come when it starts and go when it ends;
 - `streamed`: as swapped, and the blocks of the diffusion transformer pass through two slots.
 
-`plan` takes the first that fits and refuses when none does. The working memory of each phase is predicted from shapes.
+`plan` takes the fastest that fits and refuses when none does. The working memory and the seconds of each phase are
+predicted from shapes; with more memory no plan is slower, on whatever card.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from ..errors import MemoryBudgetError
 from ..models import vae
 from ..models.ar import cache_capacity
 from ..models.dit import CHUNKS, MAX_CAPTURED_ROWS
-from ..models.spec import block_layout
 from ..ops import MAX_ROWS
-from ..quant.scheme import DTYPE_BYTES
 from ..request import SIZE_MULTIPLE, GenerateRequest
 from .blocks import STREAM_SLOTS
+from .rates import ASSUMED, Rates
+from .sizes import Operations, Sizes
 
 GB = 10**9
 MODES = ("resident", "swapped", "streamed")
@@ -38,66 +39,25 @@ _SCAFFOLD_TOKENS = 64  # around the text of a prompt
 _DENOISE_WIDTHS = 13  # tensors of [sequence, width] alive at the worst moment of a block; 8 where its kernels run
 _VISION_WIDTHS = 16
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes that each part's weights take on the device, in the dtype that is computed in."""
-
-    glyph: int
-    vision: int
-    vae_encoder: int
-    vae_decoder: int
-    draft: int
-    dit_stem: int
-    dit_blocks: int
-    dit_slot: int
-    element_bytes: int
-    dequantized_bytes: int
-
-    @property
-    def everything(self) -> int:
-        """Bytes of all weights together."""
-        encoders = self.glyph + self.vision + self.vae_encoder
-        return encoders + self.draft + self.dit_stem + self.dit_blocks + self.vae_decoder
-
-    @staticmethod
-    def of(checkpoint: Checkpoint, dtype_name: str) -> Sizes:
-        """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32")."""
-
-        def nbytes(component: str, *kinds: str) -> list[int]:
-            found = checkpoint.components[component]
-            specs = [spec for spec in found.specs.values() if spec.kind in kinds]
-            return [block_layout(spec, found.schemes, dtype_name).nbytes for spec in specs]
-
-        element = DTYPE_BYTES[dtype_name]
-        text = checkpoint.ar.text
-        codes = checkpoint.ar.vq.codebook_size * text.hidden_size * element
-        blocks, adaln = nbytes("transformer", "block"), nbytes("transformer", "adaln")
-        width = checkpoint.dit.width
-        largest = max(4 * width * width, 2 * text.intermediate_size * text.hidden_size)
-        ar = "vision_language_encoder"
-        return Sizes(
-            glyph=sum(nbytes("text_encoder", "encoder")),
-            vision=sum(nbytes(ar, "vision.stem", "vision.block", "vq")),
-            vae_encoder=sum(nbytes("vae", "encoder")),
-            vae_decoder=sum(nbytes("vae", "decoder")),
-            draft=sum(nbytes(ar, "layer", "head")) + codes,
-            dit_stem=sum(nbytes("transformer", "stem")) + STREAM_SLOTS * max(adaln),
-            dit_blocks=sum(blocks),
-            dit_slot=max(blocks),
-            element_bytes=element,
-            dequantized_bytes=largest * element,
-        )
+# What a phase works in grows with, if not with the picture.
+_LESS = {
+    "encode text": "shorten the prompt",
+    "encode codes": "give smaller source pictures",
+    "encode latents": "give smaller source pictures",
+    "draft": "shorten the prompt, draw fewer pictures at once or from fewer sources",
+}
 
 
 @dataclass(frozen=True)
 class Phase:
     """One phase of a plan: bytes of weights held, bytes of everything else at its worst moment, and bytes that other
-    phases keep for the next picture."""
+    phases keep for the next picture. `seconds` are predicted, for a request that is not the first: weights that stay
+    are there."""
 
     name: str
     weights_bytes: int
     working_bytes: int
+    seconds: float
     kept_bytes: int = 0
 
     @property
@@ -119,6 +79,11 @@ class Plan:
         return self.overhead_bytes + max(phase.peak_bytes for phase in self.phases)
 
     @property
+    def seconds(self) -> float:
+        """Predicted seconds of the request, all its pictures together."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
     def keeps_weights(self) -> bool:
         return self.mode == "resident"
 
@@ -136,23 +101,38 @@ def plan(
     overhead_bytes: int = 0,
     source_sides: Sequence[tuple[int, int]] = (),
 ) -> Plan:
-    """The first plan whose predicted peak is within the budget; without a budget, `swapped`.
+    """The fastest plan whose predicted peak is within the budget; without a budget, `swapped`.
 
     Raises `MemoryBudgetError` with the number that is missing.
     """
     plans = every_plan(checkpoint, dtype_name, request, overhead_bytes=overhead_bytes, source_sides=source_sides)
-    if budget_bytes is None:
-        return plans[MODES.index("swapped")]
-    for candidate in plans:
-        if candidate.peak_bytes <= budget_bytes:
-            return candidate
-    least = min(plans, key=lambda p: p.peak_bytes)
+    return plans[MODES.index("swapped")] if budget_bytes is None else fastest(plans, request, budget_bytes)
+
+
+def fastest(plans: Sequence[Plan], request: GenerateRequest, budget_bytes: int) -> Plan:
+    """Of a request's plans the one of least predicted seconds that is within the budget; of equals, the first.
+
+    Raises `MemoryBudgetError`.
+    """
+    fitting = [each for each in plans if each.peak_bytes <= budget_bytes]
+    if fitting:
+        return min(fitting, key=lambda each: each.seconds)
+    least = min(plans, key=lambda each: each.peak_bytes)
     worst = max(least.phases, key=lambda phase: phase.peak_bytes)
+    weights_bytes = least.overhead_bytes + worst.weights_bytes
     raise MemoryBudgetError(
         f"{request.width}x{request.height} needs {least.peak_bytes / GB:.2f} GB of device memory in {worst.name} "
-        f"and {budget_bytes / GB:.2f} GB are allowed",
-        "draw a smaller picture, use the small recipe, or raise --vram",
+        f"and {budget_bytes / GB:.2f} GB are allowed: {(least.peak_bytes - budget_bytes) / GB:.2f} GB are missing",
+        f"{_LESS.get(worst.name, 'draw a smaller picture')}, or raise --vram"
+        if weights_bytes <= budget_bytes
+        else f"raise --vram or use a smaller recipe: weights and driver take {weights_bytes / GB:.2f} GB there",
     )
+
+
+def next_faster(plans: Sequence[Plan], chosen: Plan) -> Plan | None:
+    """The plan that the least larger budget gains: of those that are faster, the one that takes least memory."""
+    faster = [each for each in plans if each.seconds < chosen.seconds]
+    return min(faster, key=lambda each: each.peak_bytes, default=None)
 
 
 def every_plan(
@@ -162,44 +142,121 @@ def every_plan(
     *,
     overhead_bytes: int = 0,
     source_sides: Sequence[tuple[int, int]] = (),
+    rates: Rates = ASSUMED,
 ) -> list[Plan]:
-    """The plans of a request, most memory first.
+    """The plans of a request, most memory first, with seconds on a card that reaches `rates`.
 
     `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is
     planned with sources of its own size.
     """
     sizes = Sizes.of(checkpoint, dtype_name)
     sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
-    return [Plan(mode, _phases(checkpoint, sizes, request, sides, mode), overhead_bytes) for mode in MODES]
+    return [Plan(mode, _phases(checkpoint, sizes, request, sides, mode, rates), overhead_bytes) for mode in MODES]
 
 
 def _phases(
-    checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]], mode: str
+    checkpoint: Checkpoint,
+    sizes: Sizes,
+    request: GenerateRequest,
+    sides: list[tuple[int, int]],
+    mode: str,
+    rates: Rates,
 ) -> tuple[Phase, ...]:
-    edit = bool(sides)
-    dit_weights = sizes.dit_stem + (STREAM_SLOTS * sizes.dit_slot if mode == "streamed" else sizes.dit_blocks)
-    phases = [Phase("encode text", sizes.glyph, _glyph_working(checkpoint, sizes, request))]
-    if edit:
-        phases.append(
-            Phase("encode codes", sizes.vision, max(_vision_working(checkpoint, sizes, *side) for side in sides))
-        )
-        phases.append(
-            Phase("encode latents", sizes.vae_encoder, max(_vae_working(checkpoint, sizes, *side) for side in sides))
-        )
-    phases += [
-        Phase("draft", sizes.draft, _draft_working(checkpoint, sizes, request, sides)),
-        Phase("denoise", dit_weights, _denoise_working(checkpoint, sizes, request, sides)),
-        Phase("decode", sizes.vae_decoder, _vae_working(checkpoint, sizes, request.height, request.width)),
-    ]
-    if mode != "resident":
-        return tuple(phases)
-    everything = sizes.everything  # what another request loaded stays too
-    kept = {"draft": _cache_bytes(checkpoint, sizes, request, sides)}
-    kept["denoise"] = _table_bytes(checkpoint, sizes, request, sides) + _captured_bytes(checkpoint, sizes, request)
+    weights = {
+        "encode text": sizes.glyph,
+        "encode codes": sizes.vision,
+        "encode latents": sizes.vae_encoder,
+        "draft": sizes.draft,
+        "denoise": sizes.dit_held + (STREAM_SLOTS * sizes.dit_slot if mode == "streamed" else sizes.dit_blocks),
+        "decode": sizes.vae_decoder,
+    }
+    working = {"encode text": _glyph_working(checkpoint, sizes, request)}
+    if sides:
+        working["encode codes"] = max(_vision_working(checkpoint, sizes, *side) for side in sides)
+        working["encode latents"] = max(_vae_working(checkpoint, sizes, *side) for side in sides)
+    working["draft"] = _draft_working(checkpoint, sizes, request, sides)
+    working["denoise"] = _denoise_working(checkpoint, sizes, request, sides)
+    working["decode"] = _vae_working(checkpoint, sizes, request.height, request.width)
+    resident = mode == "resident"
+    kept = dict.fromkeys(working, 0)
+    if resident:
+        kept["draft"] = _cache_bytes(checkpoint, sizes, request, sides)
+        kept["denoise"] = _table_bytes(checkpoint, sizes, request, sides) + _captured_bytes(checkpoint, sizes, request)
+    seconds = _compute_seconds(checkpoint, sizes, request, sides, rates)
+    seconds["denoise"] = _denoise_seconds(checkpoint, sizes, request, sides, mode, rates)
+    if not resident:
+        for name in seconds.keys() - {"denoise"}:
+            seconds[name] += rates.load_seconds(weights[name])
     return tuple(
-        Phase(phase.name, everything, phase.working_bytes, sum(kept.values()) - kept.get(phase.name, 0))
-        for phase in phases
+        Phase(
+            name,
+            sizes.everything if resident else weights[name],  # what another request loaded stays too
+            working[name],
+            seconds[name],
+            sum(kept.values()) - kept[name],
+        )
+        for name in working
     )
+
+
+def _compute_seconds(
+    checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]], rates: Rates
+) -> dict[str, float]:
+    """Of every phase but denoising, its weights being there."""
+    text, pictures = checkpoint.ar.text, request.num_images_per_prompt
+    codes = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) for h, w in sides)
+    latents = checkpoint.vae.scale_factor**2  # pixels of one
+    read, drafted = _read_tokens(request, sides), request.draft_tokens
+    attended = Operations(bf16=2 * text.num_layers * text.num_heads * text.head_dim * read**2)
+    cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * sizes.element_bytes  # bytes a token
+    token_bytes = -(-pictures // MAX_ROWS) * sizes.draft + pictures * (read + drafted // 2) * cached
+    source_latents = sum(h * w for h, w in sides) // latents
+    decoded = pictures * request.height * request.width // latents
+    return {
+        "encode text": 2 * rates.seconds("glyph", Operations(), sizes.glyph),
+        "encode codes": rates.seconds("denoise", sizes.vision_row * codes, sizes.vision),
+        "encode latents": rates.seconds("vae", sizes.encoded_latent * source_latents, sizes.vae_encoder),
+        "draft": rates.seconds("draft", sizes.draft_row * read + attended, sizes.draft)
+        + drafted * rates.seconds("draft", sizes.draft_row * pictures, token_bytes),
+        "decode": rates.seconds("vae", sizes.decoded_latent * decoded, sizes.vae_decoder),
+    }
+
+
+def _denoise_seconds(
+    checkpoint: Checkpoint,
+    sizes: Sizes,
+    request: GenerateRequest,
+    sides: list[tuple[int, int]],
+    mode: str,
+    rates: Rates,
+) -> float:
+    """Reading the sources, then every step of every picture; blocks that are not there arrive beside a pass.
+
+    Glyph texts are left out: few tokens beside those of an image.
+    """
+    config = checkpoint.dit
+    image, sources = (
+        _image_tokens(checkpoint, request.height, request.width),
+        [_image_tokens(checkpoint, *s) for s in sides],
+    )
+
+    def one_pass(rows: int, pairs: int) -> float:
+        attended = Operations(bf16=4 * config.num_layers * config.width * pairs)
+        return rates.seconds("denoise", sizes.dit_row * rows + attended, sizes.dit_blocks)
+
+    def arriving(seconds: float) -> float:
+        return rates.streamed_seconds(seconds, sizes.dit_blocks)
+
+    seen = image * (image + sum(sources))
+    step = one_pass(2 * image, seen + image**2) if request.guided else one_pass(image, seen)
+    passes = [one_pass(tokens, tokens**2) for tokens in sources] + [step]
+    more = request.num_images_per_prompt * request.num_inference_steps - 1
+    if mode == "resident":
+        return sum(passes) + more * step
+    brought = rates.load_seconds(sizes.dit_stem + sizes.dit_adaln)
+    if mode == "streamed" and config.num_layers > STREAM_SLOTS:
+        return brought + sum(map(arriving, passes)) + more * arriving(step)
+    return brought + arriving(passes[0]) + sum(passes[1:]) + more * step
 
 
 def _prompt_tokens(request: GenerateRequest) -> int:

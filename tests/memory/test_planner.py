@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.roofline import Roofline
 from convert.recipe import RECIPES
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint
 from qruntime.checkpoint.synthetic import configs, read_specs
 from qruntime.errors import MemoryBudgetError
 from qruntime.memory.blocks import STREAM_SLOTS
-from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, plan
+from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, fastest, next_faster, plan
+from qruntime.memory.rates import ASSUMED, H100, Rates
+from qruntime.memory.sizes import Operations, Sizes
 from qruntime.models.spec import ALIGNMENT
 from qruntime.request import (
     MAX_ASPECT,
@@ -33,6 +39,7 @@ from qruntime.request import (
 from .sparse import in_memory, sparse_converted, sparse_official
 
 AR = "vision_language_encoder"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100.json"
 PHASES = {"encode text", "encode codes", "encode latents", "draft", "denoise", "decode"}
 EDIT_PHASES = {"encode codes", "encode latents"}
 DTYPES = {"BF16": 2, "F32": 4}
@@ -92,6 +99,9 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         num_images_per_prompt=draw(st.integers(1, MAX_PICTURES)),
         seed=0,
     )
+
+
+rates = st.builds(Rates, *[st.floats(low, 1000 * low) for low in (1e10, 1e9, 1e12, 1e12)])
 
 
 def chosen(checkpoint: Checkpoint, dtype: str, request: GenerateRequest, budget: int, **options: Any) -> Plan | None:
@@ -180,6 +190,9 @@ def test_a_larger_request_never_needs_less(model: Model, dtype: str, request: Ge
             for one, other in zip(small.phases, large.phases, strict=True):
                 assert other.weights_bytes == one.weights_bytes
                 assert other.working_bytes >= one.working_bytes, (one.name, each)
+                assert other.seconds >= one.seconds, (one.name, each)
+            kept = max(phase.kept_bytes for phase in small.phases)  # less later, where a longer step is not captured
+            assert large.peak_bytes >= small.peak_bytes - kept
 
 
 @cases()
@@ -242,8 +255,11 @@ def test_a_refusal_says_what_is_needed_and_where() -> None:
     message = refused.value.message
     assert f"512x1024 needs {least.peak_bytes / GB:.2f} GB of device memory" in message
     assert max(least.phases, key=lambda phase: phase.peak_bytes).name in message
-    assert "1.23 GB are allowed" in message
-    assert refused.value.tip
+    assert f"1.23 GB are allowed: {least.peak_bytes / GB - 1.23:.2f} GB are missing" in message
+    assert "raise --vram or use a smaller recipe" in refused.value.tip
+    with pytest.raises(MemoryBudgetError) as refused:
+        plan(checkpoint, "BF16", request, least.peak_bytes - 1)
+    assert refused.value.tip.startswith("shorten the prompt")  # it is what the draft's memory hangs on
     assert refused.value.exit_code == 2
     assert plan(checkpoint, "BF16", request, least.peak_bytes) == least
 
@@ -276,6 +292,155 @@ def test_the_sides_of_sources_that_were_opened_count() -> None:
     for name in (*sorted(EDIT_PHASES), "draft", "denoise"):
         small, larger = ({p.name: p.working_bytes for p in each[0].phases}[name] for each in (guessed, large))
         assert larger > small
+
+
+# --- Seconds ----------------------------------------------------------------------------------------------------------
+
+
+def some_models() -> list[Model]:
+    """A few of all models, so that thousands of cards and requests do not wait for layouts."""
+    draw = random.Random(7)
+    return [
+        Model(
+            full_size=draw.random() < 0.5,
+            recipe=draw.choice([None, *RECIPES]),
+            ar_layers=draw.randint(1, 40),
+            ar_inner=draw.randint(1, 256),
+            vision_layers=draw.randint(1, 40),
+            dit_layers=draw.randint(1, 40),
+            dit_heads=draw.randint(1, 32),
+            glyph_layers=draw.randint(1, 12),
+        )
+        for _ in range(24)
+    ]
+
+
+@functools.cache
+def known(index: int, dtype: str) -> tuple[Checkpoint, Sizes]:
+    checkpoint = some_models()[index].checkpoint()
+    return checkpoint, Sizes.of(checkpoint, dtype)
+
+
+def fastest_or_refusal(plans: Sequence[Plan], request: GenerateRequest, budget: int) -> Plan | str:
+    try:
+        return fastest(plans, request, budget)
+    except MemoryBudgetError as refused:
+        return refused.message
+
+
+@settings(max_examples=3000, deadline=None)
+@given(
+    index=st.integers(0, 23),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    request=requests(),
+    card=rates,
+    overhead=st.integers(0, 2 * GB),
+    budgets=st.lists(st.integers(0, 80 * GB), max_size=4),
+)
+def test_more_memory_is_never_slower_on_any_card(
+    index: int,
+    dtype: str,
+    request: GenerateRequest,
+    card: Rates,
+    overhead: int,
+    budgets: list[int],
+) -> None:
+    checkpoint, sizes = known(index, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sizes, "of", lambda *_: sizes)
+        plans = every_plan(checkpoint, dtype, request, overhead_bytes=overhead, rates=card)
+    for each in plans:
+        assert all(0 < phase.seconds < math.inf for phase in each.phases)
+        assert each.seconds == pytest.approx(sum(phase.seconds for phase in each.phases))
+    assert plans[0].seconds <= plans[1].seconds <= plans[2].seconds
+    before = math.inf
+    for budget in sorted([*budgets, *(each.peak_bytes - less for each in plans for less in (0, 1))]):
+        found, fitting = fastest_or_refusal(plans, request, budget), [p for p in plans if p.peak_bytes <= budget]
+        if isinstance(found, str):
+            missing = min(each.peak_bytes for each in plans) - budget
+            assert missing > 0
+            assert f"{missing / GB:.2f} GB are missing" in found
+            continue
+        assert found in fitting
+        assert found.seconds <= min([before, *(each.seconds for each in fitting)])
+        assert found.keeps_weights or plans[0] not in fitting
+        before = found.seconds
+        gains = next_faster(plans, found)
+        if gains is not None:
+            assert gains == fastest(plans, request, gains.peak_bytes)
+            assert gains.seconds < found.seconds
+            assert fastest(plans, request, gains.peak_bytes - 1).seconds == found.seconds
+        else:
+            assert found.seconds == plans[0].seconds
+
+
+@cases(card=rates)
+def test_a_faster_card_is_never_slower(model: Model, dtype: str, request: GenerateRequest, card: Rates) -> None:
+    checkpoint = model.checkpoint()
+    before = every_plan(checkpoint, dtype, request, rates=card)
+    for name in card.__dataclass_fields__:
+        faster = replace(card, **{name: 2 * getattr(card, name)})
+        for slow, fast in zip(before, every_plan(checkpoint, dtype, request, rates=faster), strict=True):
+            assert slow.seconds / 2 <= fast.seconds <= slow.seconds
+            assert fast.peak_bytes == slow.peak_bytes
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+@pytest.mark.parametrize("full_size", [False, True])
+def test_operations_are_those_of_the_shapes(full_size: bool, recipe: str | None) -> None:
+    files = configs(full_size)
+    sizes, specs = Sizes.of(in_memory(files, recipe), "BF16"), read_specs(files)
+
+    def matrices(component: str, *kinds: str) -> int:
+        shapes = [s for spec in specs[component] if spec.kind in kinds for s in spec.source_tensors().values()]
+        return sum(2 * math.prod(shape) for shape in shapes if len(shape) == 2)
+
+    for found, wanted in (
+        (sizes.draft_row, matrices(AR, "layer", "head")),
+        (sizes.vision_row, matrices(AR, "vision.block")),
+        (sizes.dit_row, matrices("transformer", "block")),
+    ):
+        assert found.bf16 + found.int8 == wanted
+    roofline = Roofline(files, recipe or "none")
+    for part, found in (("encoder", sizes.encoded_latent), ("decoder", sizes.decoded_latent)):
+        assert found * (12 * 20) == Operations(bf16=roofline.vae(part, (12, 20)).bf16)
+    assert sizes.draft_row.int8 == sizes.vision_row.int8 == 0  # int8 there is weight-only
+    assert (sizes.dit_row.int8 > 0) == (recipe in ("balanced", "small"))
+    assert (sizes.dit_row.bf16 == 0) == (recipe == "balanced")
+
+
+def test_what_the_host_brings_takes_its_time() -> None:
+    """A card that computes and copies at once waits for the bus alone."""
+    card = Rates(1e30, 1e10, 1e30, 1e30)
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="", num_images_per_prompt=2)
+    sizes = Sizes.of(checkpoint, "BF16")
+    resident, swapped, streamed = every_plan(checkpoint, "BF16", request, rates=card)
+    once = sizes.glyph + sizes.draft + sizes.dit_stem + sizes.dit_adaln + sizes.dit_blocks + sizes.vae_decoder
+    assert resident.seconds == pytest.approx(0, abs=1e-9)
+    assert swapped.seconds == pytest.approx(once / 1e10)
+    assert streamed.seconds == pytest.approx((once + 99 * sizes.dit_blocks) / 1e10)
+
+
+def test_the_rates_of_an_h100_are_those_that_were_measured() -> None:
+    measured = json.loads(RESULTS.read_text("utf-8"))["ceilings"]
+    assert {name: pytest.approx(value, rel=0.02) for name, value in measured.items()} == vars(H100)
+    assert all(getattr(ASSUMED, name) < value for name, value in measured.items())
+
+
+def test_predicted_seconds_are_near_those_that_were_measured() -> None:
+    results = json.loads(RESULTS.read_text("utf-8"))
+    rows = [r for r in results["rows"] if r["arm"] == "qruntime" and r["case"].startswith("text-to-image")]
+    rows = [r for r in rows if r["recipe"] == "balanced" and r["budget_gb"] is None]
+    assert len(rows) >= 3
+    checkpoint = in_memory(configs(True), "balanced")
+    for row in rows:
+        width, height = map(int, row["case"].split()[-1].split("x"))
+        prompt = "x" * (row["prompt_tokens"] - 64)
+        request = GenerateRequest(prompt=prompt, width=width, height=height, num_inference_steps=row["steps"])
+        predicted = every_plan(checkpoint, "BF16", request, rates=Rates(**results["ceilings"]))[0]
+        assert predicted.seconds == pytest.approx(row["seconds"], rel=0.1)
+        for phase in predicted.phases:
+            assert phase.seconds == pytest.approx(row["stages"][phase.name.split()[0]]["seconds"], rel=0.2)
 
 
 # --- Full size --------------------------------------------------------------------------------------------------------

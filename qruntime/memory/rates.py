@@ -1,0 +1,48 @@
+"""What a card reaches, and from it the seconds that work takes: predictions, to compare plans by.
+
+Work is counted in bytes and operations from shapes. A stage takes the time of whichever bounds it, memory or
+arithmetic, divided by the share of that bound that the stage was seen to reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .sizes import Operations
+
+# Medians over the text-to-image rows of benchmarks/results/h100.json (recipe `balanced`; 512, 1024 and 2048 pixels a
+# side): encode, draft, denoise, decode. Single rows lie up to 15 % beside them, the shortest stage aside. Other cards,
+# recipes and parts (source pictures) are taken to reach the same shares.
+EFFICIENCY = {"glyph": 0.034, "draft": 0.665, "denoise": 0.86, "vae": 0.21}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a card reaches, under the names that results files give it: bytes a second of a copy in its own memory and
+    from page-locked host memory, and operations a second of large products."""
+
+    copy_bytes_per_s: float
+    host_to_device_bytes_per_s: float
+    bf16_operations_per_s: float
+    int8_operations_per_s: float
+
+    def load_seconds(self, nbytes: int) -> float:
+        """Bytes from the host. No measured row shows yet what share of the rate loading reaches: taken as all of it."""
+        return nbytes / self.host_to_device_bytes_per_s
+
+    def seconds(self, stage: str, operations: Operations, nbytes: int) -> float:
+        """One pass of a stage that reads `nbytes` of device memory."""
+        arithmetic = operations.bf16 / self.bf16_operations_per_s + operations.int8 / self.int8_operations_per_s
+        return max(nbytes / self.copy_bytes_per_s, arithmetic) / EFFICIENCY[stage]
+
+    def streamed_seconds(self, pass_seconds: float, nbytes: int) -> float:
+        """A pass whose blocks, `nbytes` in all, arrive while it computes: the longer of the two, and what the arriving
+        bytes take of the device memory that the pass reads."""
+        return max(pass_seconds, self.load_seconds(nbytes)) + nbytes / self.copy_bytes_per_s
+
+
+# Measured: `ceilings` in benchmarks/results/h100.json.
+H100 = Rates(2.43e12, 55.4e9, 792e12, 979e12)
+# Of a card that nothing is known of: round numbers of the order of what cards with 8 to 12 GB can reach behind a PCIe
+# 4.0 slot. An assumption, measured nowhere.
+ASSUMED = Rates(350e9, 20e9, 30e12, 100e12)
