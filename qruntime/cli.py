@@ -264,7 +264,7 @@ def _convert(args: argparse.Namespace, reporter: Reporter) -> int:
 
 def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     from .checkpoint.reader import Checkpoint
-    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan, fastest, next_faster
+    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan, fastest
     from .memory.rates import ASSUMED, H100
     from .pipeline import vram_bytes
 
@@ -289,6 +289,7 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
         "seconds_h100": {plan.mode: plan.seconds for plan in on_h100},
         "modes": list(MODES),
         "chosen": None,
+        "next": None,
     }
     code = 0
     if budget is not None:
@@ -303,24 +304,26 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
             lines[-1] += chosen.mode
             lines += _plan_bars(chosen, budget)
             fields["chosen"] = chosen.mode
-            if faster := next_faster(plans, chosen):
-                gained, on_h100_gained = (
-                    each[MODES.index(chosen.mode)].seconds - each[MODES.index(faster.mode)].seconds
-                    for each in (plans, on_h100)
-                )
-                enough = math.ceil(faster.peak_bytes / GB * 100) / 100
+            if gain := _plan_gain(plans, on_h100, chosen):
+                fields["next"] = gain
                 lines.append(
-                    f"--vram {enough:.2f} is the next that gains: {faster.mode}, {gained:.1f} s less "
-                    f"({on_h100_gained:.1f} s on an H100)"
+                    f"--vram {math.ceil(gain['vram_bytes'] / GB * 100) / 100:.2f} is the next that gains: "
+                    f"{gain['mode']}, {gain['seconds']:.1f} s less ({gain['seconds_h100']:.1f} s on an H100)"
                 )
-                fields["next"] = {
-                    "mode": faster.mode,
-                    "vram_bytes": faster.peak_bytes,
-                    "seconds_gained": gained,
-                    "seconds_gained_h100": on_h100_gained,
-                }
     reporter.result("\n".join(lines), **fields)
     return code
+
+
+def _plan_gain(plans: Sequence[Plan], on_h100: Sequence[Plan], chosen: Plan) -> dict[str, Any] | None:
+    """What the least larger budget gains: its mode, its bytes, and the seconds that it saves."""
+    from .memory.planner import MODES, next_faster
+
+    faster = next_faster(plans, chosen)
+    if faster is None:
+        return None
+    now, then = MODES.index(chosen.mode), MODES.index(faster.mode)
+    saved, saved_h100 = (each[now].seconds - each[then].seconds for each in (plans, on_h100))
+    return {"mode": faster.mode, "vram_bytes": faster.peak_bytes, "seconds": saved, "seconds_h100": saved_h100}
 
 
 def _plan_table(plans: Sequence[Plan], on_h100: Sequence[Plan]) -> list[str]:

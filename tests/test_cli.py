@@ -535,20 +535,57 @@ def test_a_plan_is_a_table(call: Call, full_size: dict[str, Path]) -> None:
     assert "recipe balanced, 1152x1024" in run.out.splitlines()[0]
     for phase in ("encode text", "encode codes", "encode latents", "draft", "denoise", "decode", "process peak"):
         assert re.search(rf"^{phase}( +\d+\.\d\d( \+ \d+\.\d\d)?){{3}}$", run.out, re.MULTILINE)
-    assert run.out.splitlines()[-1] == "--vram 100: resident"
+    for row in ("seconds", "seconds, H100"):
+        assert re.search(rf"^{row}( +\d+\.\d){{3}}$", run.out, re.MULTILINE)
+    assert "predicted" in run.out
+    assert "--vram 100: resident" in run.out.splitlines()
+    assert "next" not in run.out  # nothing is faster
+
+
+@pytest.mark.parametrize(("vram", "mode"), [("24", "resident"), ("12", "swapped"), ("8", "streamed")])
+def test_a_plan_is_drawn_over_time(call: Call, full_size: dict[str, Path], vram: str, mode: str) -> None:
+    run = call("plan", "--model", full_size["balanced"], "--vram", vram)
+    told = call("plan", "--model", full_size["balanced"], "--vram", vram, "--json").result
+    lines = run.out.splitlines()
+    bars = lines[lines.index(f"--vram {vram}: {mode}") + 2 :]
+    assert told["chosen"] == mode
+    for line, phase in zip(bars, told["phases"][mode], strict=False):
+        drawn = re.fullmatch(r"(.{16}) +(\d+\.\d)  (#+) +\[(#+) *\] (\d+\.\d\d)", line)
+        assert drawn is not None
+        name, seconds, time_bar, memory_bar, peak = drawn.groups()
+        held = told["overhead_bytes"] + phase["weights_bytes"] + phase["working_bytes"] + phase["kept_bytes"]
+        assert (name.strip(), seconds, peak) == (phase["name"], f"{phase['seconds']:.1f}", f"{held / GB:.2f}")
+        assert len(time_bar) == max(1, round(20 * phase["seconds"] / told["seconds"][mode]))
+        assert len(memory_bar) == max(1, round(20 * held / GB / float(vram)))
+    if mode == "resident":
+        assert told["next"] is None
+        return
+    gain, faster = told["next"], MODES[MODES.index(mode) - 1]
+    assert (gain["mode"], gain["vram_bytes"]) == (faster, told["peak_bytes"][faster])
+    assert gain["seconds"] == told["seconds"][mode] - told["seconds"][faster]
+    assert gain["seconds_h100"] == told["seconds_h100"][mode] - told["seconds_h100"][faster]
+    enough = re.fullmatch(
+        rf"--vram (\S+) is the next that gains: {faster}, {gain['seconds']:.1f} s less "
+        rf"\({gain['seconds_h100']:.1f} s on an H100\)",
+        bars[4],
+    )
+    assert enough is not None
+    assert call("plan", "--model", full_size["balanced"], "--vram", enough[1], "--json").result["chosen"] == faster
 
 
 def test_a_budget_that_is_too_small_is_told_apart(call: Call, full_size: dict[str, Path]) -> None:
     run = call("plan", "--model", full_size["balanced"], "--vram", "1")
     assert run.code == 2
-    needed = re.fullmatch(r"--vram 1: none: (\d+\.\d\d) GB are needed", run.out.splitlines()[-1])
-    assert needed is not None
+    refusal = run.out.splitlines()[-1]
+    assert refusal.startswith("--vram 1: nothing fits. ")
+    assert ". Tip: raise --vram" in refusal
     told = call("plan", "--model", full_size["balanced"], "--vram", "1", "--json")
     assert told.code == 2
-    assert told.result["chosen"] is None
-    least = min(told.result["peak_bytes"].values()) / GB
-    assert f"{least:.2f}" == needed[1]
-    enough = call("plan", "--model", full_size["balanced"], "--vram", f"{least + 0.01:.3f}", "--json")
+    assert told.result["chosen"] is told.result["next"] is None
+    least = min(told.result["peak_bytes"].values())
+    assert told.result["missing_bytes"] == least - GB
+    assert f"{(least - GB) / GB:.2f} GB are missing" in refusal
+    enough = call("plan", "--model", full_size["balanced"], "--vram", f"{least / GB + 0.01:.3f}", "--json")
     assert (enough.code, enough.result["chosen"]) == (0, "streamed")
 
 

@@ -12,6 +12,9 @@ import pytest
 from benchmarks import fidelity, resultfile
 from benchmarks.__main__ import REPORT
 from benchmarks.report import BEGIN, END, readme_section
+from qruntime.cli import main
+
+from .memory.sparse import sparse_converted
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -70,6 +73,17 @@ def test_the_python_example_runs(official, tmp_path: Path, monkeypatch: pytest.M
     exec(compile(small, "README.md", "exec"), {})
     assert Path("sign.png").stat().st_size > 0
     assert capsys.readouterr().out.startswith("7 {")
+
+
+def test_the_example_of_a_plan_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = re.search(r"^```\n\$ qruntime (plan .*)\n([^`]*)```$", README, re.MULTILINE)
+    assert found is not None
+    sparse_converted(tmp_path / "glm-image", "balanced")
+    monkeypatch.chdir(tmp_path)
+    assert main(found[1].split()) == 0
+    assert capsys.readouterr().out == found[2]
 
 
 def test_every_command_line_of_the_readme_is_understood():
