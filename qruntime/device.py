@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -176,6 +177,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     said = "out of memory" in text or "can't allocate memory" in text  # the CPU's allocator says the latter
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)
+
+
+def host_available_bytes() -> int:
+    """Bytes of host memory that programs can still have, by Linux's reckoning; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(kilobytes)
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
 
 
 def pinned_empty(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -80,7 +80,7 @@ class Parts:
         self.dit_blocks.stream(plan.streams_dit)
         self._keep = plan.keeps_weights
         if not self._keep:
-            self.release()
+            self._release_device()
         for blocks in self._all:
             blocks.watch(before_block)
 
@@ -102,7 +102,11 @@ class Parts:
             devices.release_cached(self.device)
 
     def release(self) -> None:
-        """Give all weights back."""
+        """Give all weights back, on the device and on the host."""
+        self.dit_blocks.stream(False)
+        self._release_device()
+
+    def _release_device(self) -> None:
         for blocks in self._all:
             blocks.release()
         self._code_table = None

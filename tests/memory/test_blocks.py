@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
 from qruntime.errors import CheckpointError
+from qruntime.memory import blocks as blocks_module
 from qruntime.memory.blocks import STREAM_SLOTS, Blocks, Loader
 from qruntime.memory.planner import MODES, Plan, every_plan
 from qruntime.models.spec import BlockSpec
@@ -455,3 +457,90 @@ def test_no_phase_holds_more_weights_than_planned(
         assert nbytes <= planned[name]
         if mode != "resident":  # there the weights of all phases are counted in each, loaded or not
             assert nbytes == planned[name], name
+
+
+class Pinned(torch.Tensor):
+    """A tensor that says it is page-locked, as one is where there is a GPU."""
+
+    def is_pinned(self, device: object = None) -> bool:
+        return True
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A CPU that takes the path of CUDA, and what is page-locked for it."""
+    seen = SimpleNamespace(pinned=[], granted=1 << 40, refused=False)
+
+    def pinned_empty(nbytes: int, device: torch.device) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        if seen.refused:
+            return buffer
+        seen.pinned.append(nbytes)
+        return buffer.as_subclass(Pinned)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(blocks_module, "kind", lambda device: "cuda")
+    monkeypatch.setattr(blocks_module, "pinned_empty", pinned_empty)
+    monkeypatch.setattr(blocks_module, "host_available_bytes", lambda: 2 * seen.granted)
+    return seen
+
+
+def passed(blocks: Blocks[Weights]) -> list[dict[str, Tensor]]:
+    return [{name: tensor.clone() for name, tensor in values(weights).items()} for weights in blocks]
+
+
+def streamed_over(folder: Path) -> Blocks[Weights]:
+    """Blocks that lie in their file as they lie in a slot."""
+    found = component(folder)
+    blocks = Blocks(Loader(found, CPU, torch.bfloat16), of_kind(found, "block"), lambda weights: weights)
+    blocks.stream(True)
+    return blocks
+
+
+def kept_of(folder: Path, bus: SimpleNamespace) -> list[dict[str, Tensor]]:
+    """The blocks as they are loaded when each has a slot of its own."""
+    blocks = streamed_over(folder)
+    blocks.stream(False)
+    found = passed(blocks)
+    bus.pinned.clear()
+    return found
+
+
+def test_streamed_blocks_are_kept_page_locked(quantised: Folder, bus: SimpleNamespace) -> None:
+    wanted = kept_of(quantised(), bus)
+    blocks = streamed_over(quantised())
+    for _ in range(3):
+        for found, kept in zip(passed(blocks), wanted, strict=True):
+            assert_same(found, kept)
+        blocks.release()  # as at the end of every phase
+    assert len(bus.pinned) == len(blocks), "each block once, and no staging buffer"
+    blocks.stream(False)
+    assert not blocks._loader._on_host
+    for found, kept in zip(passed(blocks), wanted, strict=True):
+        assert_same(found, kept)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_host_will_not_have_passes_through_a_ring(
+    quantised: Folder, bus: SimpleNamespace, refused: bool
+) -> None:
+    """Too little memory for all blocks, or a system that page-locks none."""
+    wanted = kept_of(quantised(), bus)
+    blocks = streamed_over(quantised())
+    nbytes = blocks._loader.layout(blocks._specs[0]).nbytes
+    blocks._loader._host_limit = nbytes + nbytes // 2
+    bus.refused = refused
+    for _ in range(2):
+        for found, kept in zip(passed(blocks), wanted, strict=True):
+            assert_same(found, kept)
+    assert len(blocks._loader._on_host) == (0 if refused else 1)
+    assert len(bus.pinned) == (0 if refused else 1 + STREAM_SLOTS)
+
+
+def test_only_the_streamed_kind_is_kept(quantised: Folder, bus: SimpleNamespace) -> None:
+    """AdaLN weights pass once a picture: they are read from the file."""
+    blocks = streamed_over(quantised())
+    other = Blocks(blocks._loader, of_kind(blocks._loader.component, "adaln"), lambda w: w, streamed=True)
+    passed(other)
+    assert not blocks._loader._on_host
+    passed(blocks)
+    assert blocks._loader._on_host.keys() == {spec.name for spec in blocks._specs}
