@@ -205,13 +205,13 @@ def _compute_seconds(
     """Of every phase but denoising, its weights being there."""
     text, pictures = checkpoint.ar.text, request.num_images_per_prompt
     codes = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) for h, w in sides)
-    latents = checkpoint.vae.scale_factor**2  # pixels of one
+    latent_pixels = checkpoint.vae.scale_factor**2
     read, drafted = _read_tokens(request, sides), request.draft_tokens
     attended = Operations(bf16=2 * text.num_layers * text.num_heads * text.head_dim * read**2)
     cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * sizes.element_bytes  # bytes a token
     token_bytes = -(-pictures // MAX_ROWS) * sizes.draft + pictures * (read + drafted // 2) * cached
-    source_latents = sum(h * w for h, w in sides) // latents
-    decoded = pictures * request.height * request.width // latents
+    source_latents = sum(h * w for h, w in sides) // latent_pixels
+    decoded = pictures * request.height * request.width // latent_pixels
     return {
         "encode text": 2 * rates.seconds("glyph", Operations(), sizes.glyph),
         "encode codes": rates.seconds("denoise", sizes.vision_row * codes, sizes.vision),
@@ -230,15 +230,14 @@ def _denoise_seconds(
     mode: str,
     rates: Rates,
 ) -> float:
-    """Reading the sources, then every step of every picture; blocks that are not there arrive beside a pass.
+    """Reading the sources, then every step of every picture. Blocks that are not there arrive beside a pass: swapped
+    ones beside the first, streamed ones beside each.
 
     Glyph texts are left out: few tokens beside those of an image.
     """
     config = checkpoint.dit
-    image, sources = (
-        _image_tokens(checkpoint, request.height, request.width),
-        [_image_tokens(checkpoint, *s) for s in sides],
-    )
+    image = _image_tokens(checkpoint, request.height, request.width)
+    sources = [_image_tokens(checkpoint, *side) for side in sides]
 
     def one_pass(rows: int, pairs: int) -> float:
         attended = Operations(bf16=4 * config.num_layers * config.width * pairs)
