@@ -145,6 +145,14 @@ def test_host_memory_for_the_cpu_is_ordinary() -> None:
     assert (buffer.dtype, buffer.numel(), buffer.is_pinned()) == (torch.uint8, 100, False)
 
 
+def test_host_memory_is_told_or_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = devices.host_available_bytes()
+    assert told > 2**28 or sys.platform != "linux"
+    for text in ("", "MemAvailable:", "MemAvailable: many kB"):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text, **_: text)
+        assert devices.host_available_bytes() == 0
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
 def test_the_second_gpu_is_current_for_the_body() -> None:
     before = torch.cuda.current_device()
