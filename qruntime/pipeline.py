@@ -446,6 +446,7 @@ class GlmImagePipeline:
         stem, blocks = parts.dit_stem.single(), parts.dit_blocks
         fixed = ops.uses_triton(self.device, self.dtype) and not blocks.streamed and given.condition is None
         if not fixed or packing.rows > dit.MAX_CAPTURED_ROWS:
+            parts.drop("predict")  # what a smaller picture left is in no plan of this one
             return partial(dit.predict, stem, blocks)
         key = packing, latents.shape
         return parts.keep("predict", key, lambda: dit.CapturedPredict(stem, list(blocks), latents, given))

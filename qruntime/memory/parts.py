@@ -128,6 +128,10 @@ class Parts:
         value: T = kept.value
         return value
 
+    def drop(self, name: str) -> None:
+        """Let go of what is kept under a name."""
+        self._kept.pop(name, None)
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """Rows of the AR model's embedding for ids [T] on the host: [T, hidden] on the device. The table stays
         in its file."""
