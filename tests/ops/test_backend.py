@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,27 @@ CUDA = torch.device("cuda", 0)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "compute_capability", lambda device: (8, 0) if device.type == "cuda" else None)
     monkeypatch.setattr(backend, "triton_version", lambda: (3, 6))
+    monkeypatch.setattr(backend, "_why_not_built", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "headers", "said"),
+    [
+        ("gcc", True, None),
+        ("clang", True, None),
+        ("", True, "neither gcc nor clang is here"),
+        ("gcc", False, "install python3-dev"),
+    ],
+)
+def test_what_triton_builds_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, headers: bool, said: str | None
+) -> None:
+    monkeypatch.setattr(backend.shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if headers:
+        (tmp_path / "Python.h").touch()
+    found = backend._why_not_built.__wrapped__()
+    assert found is None if said is None else said in str(found)
 
 
 def test_a_card_with_triton_does(card: None) -> None:
