@@ -18,7 +18,7 @@ from .. import device as devices
 
 OLDEST_TRITON = (3, 5)  # the oldest supported torch brings 3.6
 OLDEST_CAPABILITY = (8, 0)
-GLUON_TRITON = ((3, 6), (3, 7))  # Gluon changes between releases; these its kernels were tried with
+GLUON_TRITON = ((3, 6),)  # Gluon changes between releases: those that its kernels were run with
 GLUON_CAPABILITY = (9, 0)  # the only one with the matrix instructions of Hopper
 
 
@@ -29,19 +29,7 @@ def triton_version() -> tuple[int, int] | None:
         major, minor = version("triton").split(".")[:2]
         return int(major), int(minor)
     except (PackageNotFoundError, ValueError):
-        return _why_not_built()
-
-
-@lru_cache(maxsize=1)
-def _why_not_built() -> str | None:
-    """What Triton lacks to build its launcher, a small C module, when the first kernel starts."""
-    if not any(map(shutil.which, ("gcc", "clang"))):
-        return "Triton needs a C compiler, and neither gcc nor clang is here"
-    scheme = sysconfig.get_default_scheme()
-    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
-    if not (headers / "Python.h").exists():
-        return f"Triton needs Python's C headers, and {headers} has no Python.h (install python3-dev)"
-    return None
+        return None
 
 
 def uses_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -62,6 +50,18 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if found < OLDEST_TRITON:
         have, need = (".".join(map(str, each)) for each in (found, OLDEST_TRITON))
         return f"Triton is {have}, and they need {need}"
+    return _why_not_built()
+
+
+@lru_cache(maxsize=1)
+def _why_not_built() -> str | None:
+    """What Triton lacks to build its launcher, a small C module, when the first kernel starts."""
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler, and neither gcc nor clang is here"
+    scheme = sysconfig.get_default_scheme()
+    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's C headers, and {headers} has no Python.h (install python3-dev)"
     return None
 
 
