@@ -209,7 +209,7 @@ assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in made.asm["ptx"]
 
 def test_gluon_compiles_for_hopper_here_too() -> None:
     """Where there is no such GPU, at least that this Triton takes the kernel and that it fits the shared memory."""
-    if backend.triton_version() not in backend.GLUON_TRITON:
+    if backend.triton_version() not in (*backend.GLUON_TRITON, (3, 7)):  # the next one compiles it; it was not run so
         pytest.skip("a Triton that Gluon was not tried with")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
