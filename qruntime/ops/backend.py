@@ -39,6 +39,8 @@ def uses_triton(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bo
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What a CUDA device lacks for the Triton kernels, in words; None where it lacks nothing."""
+    if torch.version.hip is not None:  # AMD's cards go by the name of CUDA in torch
+        return "they are written for NVIDIA's cards"
     if dtype != torch.bfloat16:
         return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}"
     capability, found = devices.compute_capability(device), triton_version()

@@ -72,6 +72,12 @@ def test_what_is_lacking_is_named(
     assert said in str(backend.why_not_triton(CUDA, dtype))
 
 
+def test_a_card_of_amd_does_not(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not backend.uses_triton(CUDA)
+    assert "NVIDIA" in str(backend.why_not_triton(CUDA, torch.bfloat16))
+
+
 def test_a_pipeline_without_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from qruntime.errors import QruntimeError
     from qruntime.pipeline import GlmImagePipeline
