@@ -1,9 +1,9 @@
 """Drafting: the codes of one prompt's pictures, token by token, behind one run of the prompt.
 
-Where the Triton kernels run, up to eight pictures are drafted together and a token is one captured graph: the device
-itself knows how far it is, draws the code and fetches its embedding, and the host replays and looks up now and then.
-Elsewhere pictures follow each other, one operation at a time. A picture is the same either way it is grouped, since no
-kernel lets a row see what stands beside it.
+Where the Triton kernels run, a token is one captured graph: the device itself knows how far it is, draws the code and
+fetches its embedding, and the host replays and looks up now and then. Up to eight pictures are drafted together over
+quantised weights, whose kernels let no row see what stands beside it: a picture is the same in any company. Elsewhere
+pictures follow each other, one operation at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
     """The codes int64 [pictures, count] of an order, and the logits of every picture's last code, on the device."""
     if not ops.uses_triton(parts.device, parts.dtype):
         return _one_by_one(parts, order, events)
-    pictures = min(order.uniforms.shape[0], ops.MAX_ROWS)
+    head = parts.ar_head.single().linear("lm_head")
+    together = head.takes_few_rows and all(layer.takes_few_rows for layer in parts.ar_layers)
+    pictures = min(order.uniforms.shape[0], ops.MAX_ROWS if together else 1)
     capacity = ar.cache_capacity(len(order.prompt) + order.uniforms.shape[1])
     made_for = pictures, capacity, order.choice
     decoder = parts.keep("decoder", made_for, lambda: Decoder(parts, *made_for))

@@ -45,10 +45,10 @@ TEXT = TextConfig(
 CHOICE = Choice(temperature=0.9, top_k=None, top_p=0.75)
 
 
-def random_weights(spec: Any, dtype: torch.dtype) -> Weights:
+def random_weights(spec: Any, dtype: torch.dtype, recipe: str) -> Weights:
     from benchmarks.synthetic import random_block
 
-    schemes = RECIPES["balanced"].scheme_map("vision_language_encoder", [spec])
+    schemes = RECIPES[recipe].scheme_map("vision_language_encoder", [spec])
     layout = block_layout(spec, schemes, "BF16" if dtype == torch.bfloat16 else "F32")
     stored = Weights(spec, layout, random_block(spec, layout, torch.Generator(DEVICE).manual_seed(1)), torch.float32)
     ready = Weights(spec, layout, stored.buffer.clone(), dtype)
@@ -58,12 +58,12 @@ def random_weights(spec: Any, dtype: torch.dtype) -> Weights:
     return ready
 
 
-def parts_in(dtype: torch.dtype) -> Any:
+def parts_in(dtype: torch.dtype, recipe: str = "balanced") -> Any:
     """What `draft` needs of `Parts`, over random weights; equal numbers in every dtype."""
     config = SimpleNamespace(text=TEXT, vq=SimpleNamespace(codebook_size=CODES))
     specs = ar.block_specs(config)  # type: ignore[arg-type]
-    layers = [ar.ArLayer(TEXT, random_weights(s, dtype)) for s in specs if s.kind == "layer"]
-    head = random_weights(next(s for s in specs if s.kind == "head"), dtype)
+    layers = [ar.ArLayer(TEXT, random_weights(s, dtype, recipe)) for s in specs if s.kind == "layer"]
+    head = random_weights(next(s for s in specs if s.kind == "head"), dtype, recipe)
     table = torch.randn(CODES, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE, dtype)
     return SimpleNamespace(
         device=DEVICE,
@@ -132,6 +132,16 @@ def test_a_picture_is_the_same_in_any_company(by_kernels: None, monkeypatch: pyt
     monkeypatch.setattr(ops, "MAX_ROWS", 2)  # two groups: two pictures, and one beside an idle row
     grouped, _ = drafted(parts, order_of(range(3), count, torch.bfloat16))
     assert torch.equal(grouped, together)
+
+
+def test_pictures_over_plain_weights_follow_each_other(by_kernels: None) -> None:
+    """torch's own products round by how many rows there are."""
+    parts, made = parts_in(torch.bfloat16, "none"), []
+    parts.keep = lambda name, key, make: made.append(key) or make()
+    together, _ = drafted(parts, order_of(range(2), 3, torch.bfloat16))
+    assert [key[0] for key in made] == [1]
+    alone, _ = drafted(parts, order_of(range(1, 2), 3, torch.bfloat16))
+    assert torch.equal(together[1], alone[0])
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are captured on CUDA")

@@ -188,6 +188,11 @@ class ArLayer:
         self._eps = config.rms_norm_eps
         self._weights = weights
 
+    @property
+    def takes_few_rows(self) -> bool:
+        """Whether a few rows get the bits that each has alone: see `Linear.takes_few_rows`."""
+        return all(linear.takes_few_rows for linear in self._weights.linears.values())
+
     def __call__(self, residual: Residual, rows: Rows, keys: Tensor, values: Tensor) -> Residual:
         """Rows of the hidden states through the layer; keys and values [pictures, kv_heads, capacity, head_dim]."""
         norm, linear = self._weights.tensor, self._weights.linear

@@ -49,6 +49,7 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "gated_int4",
+    "has_few_rows_kernel",
     "int4_sums",
     "int8_rows",
     "int8_sums",
@@ -122,10 +123,14 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return F.linear(x, triton_int8.dequantize_int8(q, scale, x.dtype), bias)
 
 
+def has_few_rows_kernel(columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `int4_sums`, `gated_int4` and `int8_sums` run for matrices of so many columns."""
+    return columns % torch_int4.TRITON_COLUMNS == 0 and uses_triton(device, dtype)
+
+
 def is_few_rows(x: Tensor) -> bool:
-    """Whether `int4_sums`, `gated_int4` and `int8_sums` take the rows x [M, K]."""
-    suits = x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % torch_int4.TRITON_COLUMNS == 0
-    return suits and uses_triton(x.device, x.dtype)
+    """Whether they take the rows x [M, K]."""
+    return x.dim() == 2 and 0 < x.shape[0] <= MAX_ROWS and has_few_rows_kernel(x.shape[1], x.device, x.dtype)
 
 
 def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:

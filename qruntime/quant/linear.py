@@ -63,16 +63,25 @@ class Linear:
         """x [..., K] -> [..., N]."""
         return self._product(x, self.bias)
 
+    @property
+    def takes_few_rows(self) -> bool:
+        """Whether a few rows are multiplied by a kernel that gives each the bits that it has alone; other products
+        choose by how many rows there are."""
+        if self.scheme.kind == "int8" and not self.scheme.rotation:
+            q = self.parts[".q"]
+            return ops.has_few_rows_kernel(q.shape[1], q.device, self.dtype)
+        return self.form == torch_int4.TRITON
+
     def sums(self, x: Tensor) -> Tensor:
         """x [M, K] -> the product without the bias as partial sums [parts, M, N], to be added in order.
 
         Few rows are split over K where kernels exist, in float32; else there is one part, in x's dtype.
         """
-        if self.form == torch_int4.TRITON and ops.is_few_rows(x):
-            return ops.int4_sums(x, self.parts[".q"], self._scale_zero)
-        if self.scheme.kind == "int8" and not self.scheme.rotation and ops.is_few_rows(x):
+        if not (self.takes_few_rows and ops.is_few_rows(x)):
+            return self._product(x, None)[None]
+        if self.scheme.kind == "int8":
             return ops.int8_sums(x, self.parts[".q"], self.parts[".scale"])
-        return self._product(x, None)[None]
+        return ops.int4_sums(x, self.parts[".q"], self._scale_zero)
 
     def gated(self, x: Tensor) -> Tensor:
         """x [M, K] -> silu(first half of the product) * second half, [M, N / 2]. There must be no bias."""
