@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ import torch
 from .errors import InputError
 
 GB = 10**9
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # torch, its CPU allocator, cuBLAS
+_CONTROL_GROUP, _MEMORY_FILES = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -174,19 +177,38 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it came up in the handling of, says that memory ran out."""
     text = str(error).lower()
-    said = "out of memory" in text or "can't allocate memory" in text  # the CPU's allocator says the latter
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)
+    said = any(words in text for words in _OUT_OF_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def host_available_bytes() -> int:
-    """Bytes of host memory that programs can still have, by Linux's reckoning; 0 where the system does not say."""
+    """Bytes of host memory that this process can still have, by Linux's reckoning and within its container's limit; 0
+    where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(kilobytes)
+        available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
     except (OSError, StopIteration, ValueError, IndexError):
         return 0
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or none at all ("max")
+        limit, used = (int((_CONTROL_GROUP / name).read_text(encoding="ascii")) for name in _MEMORY_FILES)
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What torch takes to give so many bytes of page-locked memory: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
+def release_pinned(device: torch.device) -> None:
+    """Give page-locked memory that torch keeps for reuse back to the system."""
+    release = getattr(torch._C, "_host_emptyCache", None)  # has no public name yet
+    if device.type == "cuda" and release is not None:
+        release()
 
 
 def pinned_empty(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -242,15 +264,21 @@ def capture(device: torch.device, work: Callable[[], None]) -> Callable[[], None
     """
     if device.type != "cuda":
         return work
-    stream = torch.cuda.Stream(device)
+    stream = _capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         work()
     return graph.replay
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

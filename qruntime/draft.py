@@ -60,9 +60,9 @@ def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
     first = decoder.read(order)
     codes, logits = [], []
     for uniforms in order.uniforms.split(pictures):
-        decoder.write(first, uniforms, events)
+        last = decoder.write(first, uniforms, events)
         codes.append(decoder.codes[: len(uniforms), : uniforms.shape[1]].clone())
-        logits.append(ops.total(decoder.sums, torch.float32)[: len(uniforms)])
+        logits.append(ops.total(last, torch.float32)[: len(uniforms)].clone())  # the next group writes there again
     return torch.cat(codes), torch.cat(logits)
 
 
@@ -117,7 +117,7 @@ class Decoder:
         self._written = torch.zeros_like(self._steps)
         self._hidden = torch.zeros(pictures, self._config.hidden_size, dtype=parts.dtype, device=device)
         self.codes = torch.zeros(pictures, capacity, dtype=torch.long, device=device)
-        self.sums = torch.empty(0, device=device)
+        self._sums = torch.empty(0, device=device)
         self._replay = devices.capture(device, self._token)
 
     def read(self, order: Order) -> Tensor:
@@ -131,8 +131,9 @@ class Decoder:
         self._cos[:count], self._sin[:count] = cos, sin
         return ar.logit_sums(self._head, self._config, read.last())
 
-    def write(self, first: Tensor, uniforms: Tensor, events: Events) -> None:
-        """Draft `codes` behind the prompt that was read, from its logits and uniforms [up to pictures, count].
+    def write(self, first: Tensor, uniforms: Tensor, events: Events) -> Tensor:
+        """Draft `codes` behind the prompt that was read, from its logits and uniforms [up to pictures, count]. Returns
+        the logits of the last codes as sums [parts, pictures, vocabulary].
 
         Raises `Cancelled` at most two windows after it was asked for.
         """
@@ -141,8 +142,6 @@ class Decoder:
         self._steps.zero_()
         first = first.expand(-1, self._steps.shape[0], -1).contiguous()
         self._sample(first)
-        if count == 1:
-            self.sums = first
         marks: deque[object | None] = deque()
         advanced = 0
         for token in range(1, count):
@@ -154,14 +153,15 @@ class Decoder:
                     events.advance(WINDOW * drafts)
                     advanced += WINDOW
         events.advance((count - advanced) * drafts)
+        return first if count == 1 else self._sums
 
     def _token(self) -> None:
         """The newest codes through the model, and the next ones drawn."""
         torch.sub(self._steps, 1, out=self._written)
         step = ar.Step(self._config, self._cos, self._sin, self._prompt, self._written)
         passed = ar.run(self._layers, self._hidden, step, self._cache)
-        self.sums = ar.logit_sums(self._head, self._config, passed)
-        self._sample(self.sums)
+        self._sums = ar.logit_sums(self._head, self._config, passed)
+        self._sample(self._sums)
 
     def _sample(self, sums: Tensor) -> None:
         choice = self._choice

@@ -147,8 +147,19 @@ class GlmImagePipeline:
         budget, overhead = self.vram_bytes, CUDA_CONTEXT_BYTES if kind == "cuda" else 0
         if budget is None and kind != "cpu":
             budget, overhead = devices.available_bytes(self.device, self._parts.held_bytes) - AUTO_MARGIN_BYTES, 0
-        name = DTYPE_NAMES[self.dtype]
-        return plan(self.checkpoint, name, request, budget, overhead_bytes=overhead, source_sides=source_sides)
+        return plan(
+            self.checkpoint,
+            DTYPE_NAMES[self.dtype],
+            request,
+            budget,
+            overhead_bytes=overhead,
+            source_sides=source_sides,
+            drafted_together=self._drafted_together,
+        )
+
+    @property
+    def _drafted_together(self) -> int:
+        return ops.MAX_ROWS if ops.uses_triton(self.device, self.dtype) else 1
 
     def release(self) -> None:
         """Give all weights back to the device."""
@@ -189,6 +200,7 @@ class GlmImagePipeline:
             temperature, top_p: of the draft; temperature 0 is greedy.
             output_type: "pil", "pt" or "latent".
             callback_on_step_end: called as f(pipe, step, sigma, {"latents": [B, C, H/8, W/8]}); may return new latents.
+                Where memory runs out on the way and denoising is begun anew, it is called from step 0 on again.
             progress: called with `Progress`. cancel: a function or event; when it says so, `Cancelled` is raised.
 
         Returns:
@@ -309,9 +321,15 @@ class GlmImagePipeline:
         mode = MODES.index(given_up.mode) + 1
         if mode == len(MODES):
             return None
-        name, overhead = DTYPE_NAMES[self.dtype], given_up.overhead_bytes
         plans = [
-            every_plan(self.checkpoint, name, job.request, overhead_bytes=overhead, source_sides=job.source_sides)[mode]
+            every_plan(
+                self.checkpoint,
+                DTYPE_NAMES[self.dtype],
+                job.request,
+                overhead_bytes=given_up.overhead_bytes,
+                source_sides=job.source_sides,
+                drafted_together=self._drafted_together,
+            )[mode]
             for job in jobs
         ]
         return max(plans, key=lambda each: each.peak_bytes)

@@ -153,6 +153,33 @@ def test_host_memory_is_told_or_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         assert devices.host_available_bytes() == 0
 
 
+@pytest.mark.parametrize(("limit", "left"), [("max", 8 * 2**30), (str(5 * 2**30), 2 * 2**30), (str(2**30), 0)])
+def test_a_container_has_what_its_limit_leaves(monkeypatch: pytest.MonkeyPatch, limit: str, left: int) -> None:
+    texts = {"meminfo": "MemAvailable: 8388608 kB", "memory.max": limit, "memory.current": str(3 * 2**30)}
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: texts[self.name])
+    assert devices.host_available_bytes() == left
+
+
+def test_page_locked_memory_comes_in_powers_of_two() -> None:
+    assert [devices.pinned_bytes(n) for n in (1, 2, 3, 201 * 10**6)] == [1, 2, 4, 2**28]
+    devices.release_pinned(CPU)
+
+
+def test_memory_that_ran_out_under_another_error_is_seen() -> None:
+    def nested() -> BaseException:
+        try:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("the capture was invalidated")
+        except RuntimeError as error:
+            return error
+
+    assert devices.is_out_of_memory(nested())
+    assert devices.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert not devices.is_out_of_memory(RuntimeError("the capture was invalidated"))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
 def test_the_second_gpu_is_current_for_the_body() -> None:
     before = torch.cuda.current_device()

@@ -130,8 +130,9 @@ def test_a_picture_is_the_same_in_any_company(by_kernels: None, monkeypatch: pyt
         assert torch.equal(alone[0], together[seed])
         assert torch.equal(own_logits[0], logits[seed])
     monkeypatch.setattr(ops, "MAX_ROWS", 2)  # two groups: two pictures, and one beside an idle row
-    grouped, _ = drafted(parts, order_of(range(3), count, torch.bfloat16))
+    grouped, grouped_logits = drafted(parts, order_of(range(3), count, torch.bfloat16))
     assert torch.equal(grouped, together)
+    assert torch.equal(grouped_logits, logits)
 
 
 def test_pictures_over_plain_weights_follow_each_other(by_kernels: None) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.reader import Component
-from ..device import CopyQueue, host_available_bytes, kind, pinned_empty
+from ..device import CopyQueue, host_available_bytes, kind, pinned_bytes, pinned_empty, release_pinned
 from ..errors import CheckpointError
 from ..models.spec import BlockSpec, Layout, block_layout
 from ..models.weights import DTYPE_NAMES, Weights
@@ -75,8 +75,10 @@ class Loader:
         core. Blocks take up to half of the memory that the host has left; the others pass through the staging buffers.
         """
         if kind != self._host_kind:
-            self._host_kind, self._on_host = kind, {}
-            self._host_limit = host_available_bytes() // 2
+            if self._on_host:
+                self._on_host = {}
+                release_pinned(self.device)
+            self._host_kind, self._host_limit = kind, host_available_bytes() // 2
 
     def _copy(self, weights: Weights, spec: BlockSpec) -> None:
         run = self.component.run(spec)
@@ -118,8 +120,8 @@ class Loader:
         held = self._on_host.get(spec.name)
         if held is not None or spec.kind != self._host_kind:
             return held
-        taken = sum(buffer.numel() for buffer in self._on_host.values())
-        if taken + run.numel() > self._host_limit:
+        taken = sum(pinned_bytes(buffer.numel()) for buffer in (*self._on_host.values(), run))
+        if taken > self._host_limit:
             return None
         buffer = pinned_empty(run.numel(), self.device)
         if not buffer.is_pinned():
@@ -210,6 +212,8 @@ class Blocks(Generic[Module]):
 
     def release(self) -> None:
         """Give the slots back; the next pass loads again."""
+        for slot in self._slots:
+            self._loader.queue.compute_after(slot.ready)  # a pass that broke off may have left a copy under way
         self._slots = []
         self._loader.release()
 

@@ -18,6 +18,8 @@ from ..models.weights import Weights
 from .blocks import Blocks, Loader
 from .planner import Plan
 
+KEPT_SLACK_BYTES = 128 * 2**20  # a graph's own memory and tables of some kilobytes, which no plan counts
+
 M = TypeVar("M")
 T = TypeVar("T")
 
@@ -81,6 +83,9 @@ class Parts:
         self._keep = plan.keeps_weights
         if not self._keep:
             self._release_device()
+        planned = max(phase.kept_bytes for phase in plan.phases) + KEPT_SLACK_BYTES
+        while sum(kept.nbytes for kept in self._kept.values()) > planned:  # a larger picture's, say
+            self.drop(max(self._kept, key=lambda name: self._kept[name].nbytes))
         for blocks in self._all:
             blocks.watch(before_block)
 
@@ -122,11 +127,16 @@ class Parts:
         if kept is None or kept.key != key:
             kept = None
             self._kept.pop(name, None)  # before another is made: both may not fit
-            before = devices.allocated_bytes(self.device)
+            before = self._beside_weights
             made = make()
-            kept = self._kept[name] = _Kept(key, made, max(devices.allocated_bytes(self.device) - before, 0))
+            kept = self._kept[name] = _Kept(key, made, max(self._beside_weights - before, 0))
         value: T = kept.value
         return value
+
+    @property
+    def _beside_weights(self) -> int:
+        """Bytes of device memory that are allocated, less what slots hold."""
+        return devices.allocated_bytes(self.device) - sum(blocks.held_bytes for blocks in self._all)
 
     def drop(self, name: str) -> None:
         """Let go of what is kept under a name."""

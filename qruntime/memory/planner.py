@@ -100,12 +100,20 @@ def plan(
     *,
     overhead_bytes: int = 0,
     source_sides: Sequence[tuple[int, int]] = (),
+    drafted_together: int = MAX_ROWS,
 ) -> Plan:
     """The fastest plan whose predicted peak is within the budget; without a budget, `swapped`.
 
     Raises `MemoryBudgetError` with the number that is missing.
     """
-    plans = every_plan(checkpoint, dtype_name, request, overhead_bytes=overhead_bytes, source_sides=source_sides)
+    plans = every_plan(
+        checkpoint,
+        dtype_name,
+        request,
+        overhead_bytes=overhead_bytes,
+        source_sides=source_sides,
+        drafted_together=drafted_together,
+    )
     return plans[MODES.index("swapped")] if budget_bytes is None else fastest(plans, request, budget_bytes)
 
 
@@ -142,14 +150,16 @@ def every_plan(
     *,
     overhead_bytes: int = 0,
     source_sides: Sequence[tuple[int, int]] = (),
+    drafted_together: int = MAX_ROWS,
     rates: Rates = ASSUMED,
 ) -> list[Plan]:
-    """The plans of a request, most memory first, with seconds on a card that reaches `rates`.
+    """The plans of a request, most memory first, with seconds on a card that reaches `rates` and drafts up to so many
+    pictures together.
 
     `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is
     planned with sources of its own size.
     """
-    sizes = Sizes.of(checkpoint, dtype_name)
+    sizes = Sizes.of(checkpoint, dtype_name, drafted_together)
     sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
     return [Plan(mode, _phases(checkpoint, sizes, request, sides, mode, rates), overhead_bytes) for mode in MODES]
 
@@ -209,7 +219,7 @@ def _compute_seconds(
     read, drafted = _read_tokens(request, sides), request.draft_tokens
     attended = Operations(bf16=2 * text.num_layers * text.num_heads * text.head_dim * read**2)
     cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * sizes.element_bytes  # bytes a token
-    token_bytes = -(-pictures // MAX_ROWS) * sizes.draft + pictures * (read + drafted // 2) * cached
+    token_bytes = -(-pictures // sizes.drafted_together) * sizes.draft + pictures * (read + drafted // 2) * cached
     source_latents = sum(h * w for h, w in sides) // latent_pixels
     decoded = pictures * request.height * request.width // latent_pixels
     return {
@@ -282,7 +292,7 @@ def _read_tokens(request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
 
 def _cache_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
     text = checkpoint.ar.text
-    together = min(request.num_images_per_prompt, MAX_ROWS)  # each picture has keys and values of its own
+    together = min(request.num_images_per_prompt, sizes.drafted_together)  # each has keys and values of its own
     capacity = together * cache_capacity(_read_tokens(request, sides) + request.draft_tokens)
     return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
 
@@ -330,8 +340,9 @@ def _table_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest,
 
 def _captured_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
     """What a captured step works in, of this request or of one like it without sources."""
-    sequence = _sequence(checkpoint, request)
-    rows = sequence if sequence <= MAX_CAPTURED_ROWS else 0
+    passes = 2 if request.guided else 1
+    images = passes * _image_tokens(checkpoint, request.height, request.width)
+    rows = min(_sequence(checkpoint, request), MAX_CAPTURED_ROWS) if images < MAX_CAPTURED_ROWS else 0
     return rows * _DENOISE_WIDTHS * checkpoint.dit.width * sizes.element_bytes
 
 

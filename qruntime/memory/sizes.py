@@ -46,6 +46,7 @@ class Sizes:
     adaln_slot: int
     element_bytes: int
     dequantized_bytes: int
+    drafted_together: int
     vision_row: Operations
     draft_row: Operations
     dit_row: Operations
@@ -64,8 +65,9 @@ class Sizes:
         return encoders + self.draft + self.dit_held + self.dit_blocks + self.vae_decoder
 
     @staticmethod
-    def of(checkpoint: Checkpoint, dtype_name: str) -> Sizes:
-        """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32")."""
+    def of(checkpoint: Checkpoint, dtype_name: str, drafted_together: int) -> Sizes:
+        """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32") and up to so many
+        pictures are drafted together."""
 
         def nbytes(component: str, *kinds: str) -> list[int]:
             found = checkpoint.components[component]
@@ -96,6 +98,7 @@ class Sizes:
             adaln_slot=max(adaln),
             element_bytes=element,
             dequantized_bytes=largest * element,
+            drafted_together=drafted_together,
             vision_row=row(AR, "vision.block"),
             draft_row=row(AR, "layer", "head"),
             dit_row=row(DIT, "block"),

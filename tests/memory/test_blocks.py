@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qruntime import device as devices
 from qruntime.checkpoint.reader import COMPONENTS, Checkpoint, Component
 from qruntime.errors import CheckpointError
 from qruntime.memory import blocks as blocks_module
@@ -527,7 +528,7 @@ def test_what_the_host_will_not_have_passes_through_a_ring(
     wanted = kept_of(quantised(), bus)
     blocks = streamed_over(quantised())
     nbytes = blocks._loader.layout(blocks._specs[0]).nbytes
-    blocks._loader._host_limit = nbytes + nbytes // 2
+    blocks._loader._host_limit = devices.pinned_bytes(nbytes) + nbytes
     bus.refused = refused
     for _ in range(2):
         for found, kept in zip(passed(blocks), wanted, strict=True):
@@ -544,3 +545,47 @@ def test_only_the_streamed_kind_is_kept(quantised: Folder, bus: SimpleNamespace)
     assert not blocks._loader._on_host
     passed(blocks)
     assert blocks._loader._on_host.keys() == {spec.name for spec in blocks._specs}
+
+
+def test_slots_are_given_back_behind_the_copies_into_them(quantised: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that breaks off leaves the next block's copy under way."""
+    blocks = streamed_over(quantised())
+    waited: list[object] = []
+    monkeypatch.setattr(blocks._loader.queue, "mark", object)
+    monkeypatch.setattr(blocks._loader.queue, "compute_after", waited.append)
+    passing = iter(blocks)
+    next(passing)
+    under_way = blocks._slots[1].ready
+    passing.close()  # type: ignore[attr-defined]
+    assert under_way not in waited
+    blocks.release()
+    assert under_way in waited
+
+
+def test_what_is_kept_is_counted_without_the_weights_it_loads(
+    quantised: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = GlmImagePipeline.from_pretrained(quantised("mixed"), device="cpu")
+    parts = pipe._parts
+    own = 0
+    monkeypatch.setattr(
+        "qruntime.memory.parts.devices.allocated_bytes", lambda device: own + sum(b.held_bytes for b in parts._all)
+    )
+
+    def make() -> str:
+        nonlocal own
+        own += 1000
+        list(parts.dit_blocks)
+        return "made"
+
+    assert parts.keep("thing", 1, make) == "made"
+    weights = sum(blocks.held_bytes for blocks in parts._all)
+    assert weights > 10**4
+    assert parts.held_bytes == weights + 1000
+    plan = every_plan(pipe.checkpoint, "BF16", GenerateRequest(prompt="a", height=64, width=64))[0]
+    monkeypatch.setattr("qruntime.memory.parts.KEPT_SLACK_BYTES", 1000 - max(p.kept_bytes for p in plan.phases))
+    parts.follow(plan, lambda: None)
+    assert parts.keep("thing", 1, lambda: "another") == "made"
+    monkeypatch.setattr("qruntime.memory.parts.KEPT_SLACK_BYTES", 999 - max(p.kept_bytes for p in plan.phases))
+    parts.follow(plan, lambda: None)
+    assert parts.keep("thing", 1, lambda: "another") == "another", "more was kept than a plan counts"

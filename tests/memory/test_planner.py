@@ -26,6 +26,7 @@ from qruntime.memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_p
 from qruntime.memory.rates import ASSUMED, H100, Rates
 from qruntime.memory.sizes import Operations, Sizes
 from qruntime.models.spec import ALIGNMENT
+from qruntime.ops import MAX_ROWS
 from qruntime.request import (
     MAX_ASPECT,
     MAX_PICTURES,
@@ -318,7 +319,7 @@ def some_models() -> list[Model]:
 @functools.cache
 def known(index: int, dtype: str) -> tuple[Checkpoint, Sizes]:
     checkpoint = some_models()[index].checkpoint()
-    return checkpoint, Sizes.of(checkpoint, dtype)
+    return checkpoint, Sizes.of(checkpoint, dtype, MAX_ROWS)
 
 
 def fastest_or_refusal(plans: Sequence[Plan], request: GenerateRequest, budget: int) -> Plan | str:
@@ -389,7 +390,7 @@ def test_a_faster_card_is_never_slower(model: Model, dtype: str, request: Genera
 @pytest.mark.parametrize("full_size", [False, True])
 def test_operations_are_those_of_the_shapes(full_size: bool, recipe: str | None) -> None:
     files = configs(full_size)
-    sizes, specs = Sizes.of(in_memory(files, recipe), "BF16"), read_specs(files)
+    sizes, specs = Sizes.of(in_memory(files, recipe), "BF16", MAX_ROWS), read_specs(files)
 
     def matrices(component: str, *kinds: str) -> int:
         shapes = [s for spec in specs[component] if spec.kind in kinds for s in spec.source_tensors().values()]
@@ -413,7 +414,7 @@ def test_what_the_host_brings_takes_its_time() -> None:
     """A card that computes and copies at once waits for the bus alone."""
     card = Rates(1e30, 1e10, 1e30, 1e30)
     checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="", num_images_per_prompt=2)
-    sizes = Sizes.of(checkpoint, "BF16")
+    sizes = Sizes.of(checkpoint, "BF16", MAX_ROWS)
     resident, swapped, streamed = every_plan(checkpoint, "BF16", request, rates=card)
     once = sizes.glyph + sizes.draft + sizes.dit_stem + sizes.dit_adaln + sizes.dit_blocks + sizes.vae_decoder
     assert resident.seconds == pytest.approx(0, abs=1e-9)
@@ -478,3 +479,27 @@ def test_what_common_cards_can_do() -> None:
         assert plan(checkpoint, "BF16", request, gigabytes * GB, **options).mode == mode
     with pytest.raises(MemoryBudgetError):
         plan(checkpoint, "BF16", request, 4 * GB, **options)
+
+
+def test_pictures_that_are_drafted_one_by_one_share_a_cache() -> None:
+    checkpoint, request = in_memory(configs(True), "balanced"), GenerateRequest(prompt="a", num_images_per_prompt=8)
+    alone = every_plan(checkpoint, "BF16", request, drafted_together=1)[1]
+    together = every_plan(checkpoint, "BF16", request)[1]
+    draft = [next(phase for phase in each.phases if phase.name == "draft") for each in (alone, together)]
+    text = checkpoint.ar.text
+    cache = 2 * 2 * text.num_layers * text.num_kv_heads * text.head_dim * 1536  # 1281 codes and the prompt
+    assert draft[1].working_bytes - draft[0].working_bytes == 7 * cache
+    assert draft[0].seconds > 2 * draft[1].seconds
+
+
+@pytest.mark.parametrize(
+    ("side", "prompt", "captured"), [(512, "a" * 1100, True), (704, "a", True), (1024, "a", False)]
+)
+def test_a_step_that_may_be_captured_is_planned_so(side: int, prompt: str, captured: bool) -> None:
+    """What is in quotes alone makes rows, and the plan does not know how much of a prompt that is."""
+    checkpoint = in_memory(configs(True), "balanced")
+    request = GenerateRequest(prompt=prompt, height=side, width=side)
+    kept = {phase.name: phase.kept_bytes for phase in every_plan(checkpoint, "BF16", request)[0].phases}
+    tables = checkpoint.dit.num_layers * request.num_inference_steps * 12 * checkpoint.dit.width * 2
+    of_denoising = kept["decode"] - kept["denoise"]  # which does not count its own
+    assert (of_denoising - tables > 10**8) == captured
