@@ -1,7 +1,7 @@
 """The matrix product of a block, whatever its weights are stored as.
 
-A `Linear` owns views into a slot, never memory. `load` is called when the slot's bytes were replaced: it packs int4
-weights into the form that the device's own product wants, from a staging copy of the same layout.
+A `Linear` owns views into a slot, never memory. `pack_from` is called when the slot's bytes were replaced: it brings
+int4 weights into the form that the device's product wants, from a staging copy of the same layout.
 """
 
 from __future__ import annotations
