@@ -78,16 +78,10 @@ class Ours:
     def draft(self, prompt: str, seed: int) -> Tensor:
         """The codes that the pipeline drafts for a seed, the preview's and then the target's, int64 [N]."""
         built, request = self._build(prompt), GenerateRequest
-        count = built.preview_tokens + built.target_tokens
-        order = Order(
-            prompt=self._parts.embed_text(torch.tensor(built.ids)),
-            positions=self._positions(built.positions),
-            code_positions=self._positions(built.decode_positions),
-            uniforms=sampling.uniforms(seed, count)[None].to(self.pipe.device),
-            choice=Choice(request.temperature, self._config.top_k or None, request.top_p),
-        )
+        choice = Choice(request.temperature, self._config.top_k or None, request.top_p)
+        order = Order.of(self._parts, built, torch.tensor(built.ids), [seed], choice)
         events = Events()
-        with events.stage("draft", count):
+        with events.stage("draft", order.uniforms.numel()):
             codes, _ = draft(self._parts, order, events)
         return codes[0].cpu()
 

@@ -9,6 +9,7 @@ pictures follow each other, one operation at a time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from . import ops, sampling
 from .events import Events
 from .memory.parts import Parts
 from .models import ar
+from .prompt import ArPrompt
 
 WINDOW = 8  # tokens between two looks at the device, which is given at most two such windows ahead
 
@@ -45,6 +47,19 @@ class Order:
     code_positions: Tensor
     uniforms: Tensor
     choice: Choice
+
+    @staticmethod
+    def of(parts: Parts, prompt: ArPrompt, ids: Tensor, seeds: Sequence[int], choice: Choice) -> Order:
+        """A picture a seed behind a prompt whose tokens are `ids` [T] on the host: its own, with the codes of source
+        pictures in their places."""
+        count = prompt.preview_tokens + prompt.target_tokens
+        return Order(
+            prompt=parts.embed_text(ids),
+            positions=torch.tensor(prompt.positions, device=parts.device),
+            code_positions=torch.tensor(prompt.decode_positions, device=parts.device),
+            uniforms=torch.stack([sampling.uniforms(seed, count) for seed in seeds]).to(parts.device),
+            choice=choice,
+        )
 
 
 def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:

@@ -404,16 +404,9 @@ class GlmImagePipeline:
         ids = torch.tensor(prompt.ids)
         for (start, stop), source in zip(prompt.image_slots, job.sources, strict=True):
             ids[start:stop] = _required(source.codes)
-        count = prompt.preview_tokens + prompt.target_tokens
         top_k = config.top_k if request.top_k is None else request.top_k
-        order = Order(
-            prompt=self._parts.embed_text(ids),
-            positions=torch.tensor(prompt.positions, device=self.device),
-            code_positions=torch.tensor(prompt.decode_positions, device=self.device),
-            uniforms=torch.stack([sampling.uniforms(seed, count) for seed in request.seeds]).to(self.device),
-            choice=Choice(request.temperature, top_k or None, request.top_p),
-        )
-        codes, logits = draft(self._parts, order, events)
+        choice = Choice(request.temperature, top_k or None, request.top_p)
+        codes, logits = draft(self._parts, Order.of(self._parts, prompt, ids, request.seeds, choice), events)
         _require_finite(logits, "the draft's logits hold")  # a NaN stays in the cache: the last token has it too
         return codes[:, prompt.preview_tokens :].cpu()
 

@@ -23,9 +23,10 @@ from qruntime.models.config import TextConfig
 from qruntime.models.spec import block_layout
 from qruntime.models.weights import Weights
 
+from .kernels import DEVICE
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CODES, HIDDEN, PROMPT = 48, 128, ops.MAX_ROWS + 1
 TEXT = TextConfig(
     hidden_size=HIDDEN,

@@ -126,7 +126,7 @@ class Parts:
         kept = self._kept.get(name)
         if kept is None or kept.key != key:
             kept = None
-            self._kept.pop(name, None)  # before another is made: both may not fit
+            self.drop(name)  # before another is made: both may not fit
             before = self._beside_weights
             made = make()
             kept = self._kept[name] = _Kept(key, made, max(self._beside_weights - before, 0))

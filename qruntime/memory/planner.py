@@ -311,7 +311,7 @@ def _denoise_working(
 ) -> int:
     config = checkpoint.dit
     row = config.width * sizes.element_bytes
-    sequence = _sequence(checkpoint, request)
+    sequence = _sequence(checkpoint, request, _prompt_tokens(request))
     sources = sum(_image_tokens(checkpoint, *side) for side in sides)
     condition = 2 * config.num_layers * sources  # rows of keys and values
     joined = 2 * (sources + sequence) if sides else 0  # those of a block with its own
@@ -325,10 +325,10 @@ def _image_tokens(checkpoint: Checkpoint, height: int, width: int) -> int:
     return (height // cell) * (width // cell)
 
 
-def _sequence(checkpoint: Checkpoint, request: GenerateRequest) -> int:
-    """Rows of the packed sequence."""
+def _sequence(checkpoint: Checkpoint, request: GenerateRequest, text_tokens: int) -> int:
+    """Rows of the packed sequence, with so many tokens of text in each pass."""
     passes = 2 if request.guided else 1
-    return passes * (_image_tokens(checkpoint, request.height, request.width) + _prompt_tokens(request))
+    return passes * (_image_tokens(checkpoint, request.height, request.width) + text_tokens)
 
 
 def _table_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
@@ -340,9 +340,8 @@ def _table_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest,
 
 def _captured_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
     """What a captured step works in, of this request or of one like it without sources."""
-    passes = 2 if request.guided else 1
-    images = passes * _image_tokens(checkpoint, request.height, request.width)
-    rows = min(_sequence(checkpoint, request), MAX_CAPTURED_ROWS) if images < MAX_CAPTURED_ROWS else 0
+    least, most = (_sequence(checkpoint, request, text_tokens) for text_tokens in (0, _prompt_tokens(request)))
+    rows = min(most, MAX_CAPTURED_ROWS) if least < MAX_CAPTURED_ROWS else 0
     return rows * _DENOISE_WIDTHS * checkpoint.dit.width * sizes.element_bytes
 
 

@@ -218,6 +218,10 @@ def _int8_kernel(
     tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
 
+_BLOCK_N = 32
+_PROGRAMS = 512  # about four for each multiprocessor of a large card
+
+
 class Tiles(NamedTuple):
     """How a product is cut: rows of W a program, warps, steps a turn, turns whose bytes are under way, parts of K."""
 
@@ -232,19 +236,18 @@ def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
     """For an int4 matrix [n, k]; with `gated`, [2n, k]. Found by measuring on an H100."""
     splits = 1 if gated else _splits(n, k)
     turn, stages = (2, 3) if k // splits > 2048 else (1, 4)  # short rows want their bytes under way at once
-    return Tiles(block_n=32, warps=1, turn=turn, stages=stages, splits=splits)
+    return Tiles(_BLOCK_N, warps=1, turn=turn, stages=stages, splits=splits)
 
 
 def int8_tiles(n: int, k: int) -> Tiles:
     """For an int8 matrix [n, k]."""
-    return Tiles(block_n=32, warps=1, turn=1, stages=4, splits=_splits(n, k))
+    return Tiles(_BLOCK_N, warps=1, turn=1, stages=4, splits=_splits(n, k))
 
 
 def _splits(n: int, k: int) -> int:
-    """Parts of K, each of four steps at least, that make 512 programs: about four for each multiprocessor of a large
-    card."""
+    """Parts of K, each of four steps at least, that make `_PROGRAMS`."""
     splits = 1
-    while splits * triton.cdiv(n, 32) < 512 and k // _STEP.value // (2 * splits) >= 4:
+    while splits * triton.cdiv(n, _BLOCK_N) < _PROGRAMS and k // _STEP.value // (2 * splits) >= 4:
         splits *= 2
     return splits
 

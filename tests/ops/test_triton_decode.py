@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +11,14 @@ from torch import Tensor
 from qruntime import sampling
 from qruntime.ops import reference, torch_int4
 
+from ..kernels import DEVICE
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qruntime.ops import triton_decode as decode
 from qruntime.ops import triton_int4
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # The interpreter cuts bits off bf16 where a GPU rounds, again and again; in float32 it shows the arithmetic.
 DTYPE, TOLERANCE = (torch.bfloat16, 2**-5) if DEVICE.type == "cuda" else (torch.float32, 1e-5)
 HEADS, KV_HEADS, HEAD_DIM, TURNED = 6, 2, 32, 16
@@ -35,19 +36,6 @@ def table(rows: int, seed: int) -> Tensor:
 def close(found: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> bool:
     difference = (found.double() - exact.double()).abs()
     return bool((difference <= tolerance * exact.abs() + tolerance * exact.abs().amax() / 4).all())
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write stays NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def filled(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return empty(*size, dtype=dtype, device=device).fill_(float("nan"))
-
-    changed = {**vars(torch), "empty": filled, "empty_like": lambda x: empty_like(x).fill_(float("nan"))}
-    for module in (decode, triton_int4):
-        monkeypatch.setattr(module, "torch", SimpleNamespace(**changed))
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +9,14 @@ from torch import Tensor
 from qruntime.ops import torch_int4
 from qruntime.quant.scheme import Scheme
 
+from ..kernels import DEVICE
 from ..quant.format1 import random_parts, restored
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qruntime.ops import triton_few_rows as few
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = ((1, 5, 256), (3, 32, 384), (8, 100, 1024), (2, 33, 2176))
 int4 = pytest.mark.parametrize("group_size", [32, 64])
 shapes = pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -46,17 +45,6 @@ def error(found: Tensor, x: Tensor, weight: Tensor) -> float:
     exact = x.double() @ weight.T
     unit = exact.abs() + x.double().norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
     return float(((found.double() - exact).abs() / unit.clamp_min(1e-30)).amax())
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write stays NaN."""
-    empty = torch.empty
-
-    def filled(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return empty(*size, dtype=dtype, device=device).fill_(float("nan"))
-
-    monkeypatch.setattr(few, "torch", SimpleNamespace(**{**vars(torch), "empty": filled}))
 
 
 @int4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,7 +18,9 @@ from qruntime import device as devices
 from qruntime.ops import backend, reference, triton_int8
 from qruntime.ops.triton_int8 import Tiles
 
-DEVICE = devices.resolve_device("auto") if backend.uses_triton(devices.resolve_device("auto")) else torch.device("cpu")
+from ..kernels import DEVICE
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TILES = (Tiles(16, 32, 32, 4, 2), Tiles(32, 16, 64, 4, 3, descriptors=True))
 tiles = pytest.mark.parametrize("tiles", TILES, ids=("pointers", "descriptors"))
 shapes = pytest.mark.parametrize(
@@ -28,15 +29,6 @@ shapes = pytest.mark.parametrize(
 )
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}  # the interpreter cuts to bf16 where devices round
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN, so that what a kernel left out shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 class Operands:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
@@ -12,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qruntime import device as devices
-from qruntime.ops import backend, reference, triton_norm
+from qruntime.ops import reference, triton_norm
 from qruntime.quant.scheme import ROTATIONS
 
-DEVICE = devices.resolve_device("auto") if backend.uses_triton(devices.resolve_device("auto")) else torch.device("cpu")
+from ..kernels import DEVICE
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EPS = 1e-5
 # A level is rounded from a value that tensor cores cut to TF32 twice, by 2^-10 each: a quarter of a level in 127.
 HALF_LEVEL = 0.75
@@ -27,15 +26,6 @@ rotations = pytest.mark.parametrize(
     [(width, size) for width in WIDTHS for size in (0, *ROTATIONS) if not size or width % size == 0],
 )
 images = pytest.mark.parametrize("image_rows", [slice(0, 7), slice(2, 6), slice(5, 7)], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Memory that torch hands out uninitialised holds NaN, so that what a kernel left out shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
