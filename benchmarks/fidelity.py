@@ -9,7 +9,9 @@ by code: given the drafts of bf16, the Kullback-Leibler divergence of its next-c
 likeliest code is the same.
 
 An arm's answers are kept in WORK, so a run that was stopped goes on with the arm it was in, and arms may be asked in
-several runs; an arm is asked again only where more is wanted than is kept. The arms:
+several runs; an arm is asked again only where more is wanted than is kept. Pictures are judged once all are drawn, on
+the CPU: with `--draw` a run ends before that, and needs no OCR, and a later one with the same arguments judges what
+WORK keeps, on any machine. Results name the machine that drew bf16; an arm drawn elsewhere says so. The arms:
 
     bf16         our runtime over the checkpoint as it is; everything is compared with it
     balanced, quality, small    our runtime over what the converter makes of it
@@ -27,7 +29,8 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ from .painters import Drawn, Ours, Painter, Stock
 Array = NDArray[Any]
 
 BASE = "bf16"
-ARMS = {
+ARMS: dict[str, tuple[type[Ours] | type[Stock], str | None]] = {
     BASE: (Ours, None),
     "balanced": (Ours, "balanced"),
     "quality": (Ours, "quality"),
@@ -63,22 +66,28 @@ CHUNK = 4  # cases a task
 
 @dataclass(frozen=True)
 class Answer:
-    """What an arm makes of a case: drawn from the codes of bf16 (None where it was not asked to) and freely, and
-    judged."""
+    """What an arm makes of a case: drawn from the codes of bf16 (None where it was not asked to) and freely."""
 
     matched: Drawn | None
     free: Drawn
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Found:
-    """All answers of an arm: posters, edits, divergences from bf16's next-code distributions; and how long it took."""
+    """All answers of an arm: posters, pictures of edits, divergences from bf16's next-code distributions; how long that
+    took, and on which machine and devices. There are no verdicts before it is judged."""
 
     texts: list[Answer]
-    edits: list[EditVerdict]
+    edits: list[Array]
     divergences: list[tuple[float, float, float]]
     seconds: float
+    drawn_on: dict[str, Any]
+    verdicts: list[Verdict] = field(default_factory=list)
+    edit_verdicts: list[EditVerdict] = field(default_factory=list)
+
+    @property
+    def is_judged(self) -> bool:
+        return (len(self.verdicts), len(self.edit_verdicts)) == (len(self.texts), len(self.edits))
 
     def save(self, path: Path) -> None:
         """Write it as `path` (arrays) and, last, the JSON file beside it."""
@@ -88,35 +97,50 @@ class Found:
             if drawn:
                 for part in ("codes", "latents", "picture"):
                     arrays[f"{name}.{part}"] = np.stack([getattr(each, part) for each in drawn])
+        if self.edits:
+            arrays["edits"] = np.stack(self.edits)
+        path.with_suffix(".json").unlink(missing_ok=True)  # it would speak of other arrays
         save_file(arrays, path)
+        self.save_rest(path)
+
+    def save_rest(self, path: Path) -> None:
+        """Write the JSON file beside `path`, in one step."""
         rest = {
-            "verdicts": [asdict(answer.verdict) for answer in self.texts],
-            "edits": [asdict(edit) for edit in self.edits],
             "divergences": self.divergences,
             "seconds": self.seconds,
+            "drawn_on": self.drawn_on,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "edit_verdicts": [asdict(verdict) for verdict in self.edit_verdicts],
         }
-        path.with_suffix(".json").write_text(json.dumps(rest), "utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(rest), "utf-8")
+        partial.replace(path.with_suffix(".json"))
 
     @staticmethod
     def load(path: Path) -> Found:
         arrays, rest = load_file(path), json.loads(path.with_suffix(".json").read_text("utf-8"))
+        if "drawn_on" not in rest:
+            raise ValueError(f"{path} does not say where it was drawn: delete it and run again")
 
-        def drawn(name: str, row: int) -> Drawn | None:
-            if row >= len(arrays.get(f"{name}.codes", ())):
-                return None
-            return Drawn(*(arrays[f"{name}.{part}"][row] for part in ("codes", "latents", "picture")))
+        def drawn(name: str) -> list[Drawn]:
+            parts = [arrays.get(f"{name}.{part}", ()) for part in ("codes", "latents", "picture")]
+            return [Drawn(*each) for each in zip(*parts, strict=True)]
 
         def verdict(given: dict[str, Any]) -> Verdict:
-            return Verdict(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+            values: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+            }
+            return Verdict(**values)
 
-        texts = []
-        for row, given in enumerate(rest["verdicts"]):
-            free = drawn("free", row)
-            if free is None:
-                raise ValueError(f"{path} holds no pictures: delete it and run again")
-            texts.append(Answer(drawn("matched", row), free, verdict(given)))
-        edits = [EditVerdict(each["done"], each["kept"], verdict(each["verdict"])) for each in rest["edits"]]
-        return Found(texts, edits, [tuple(each) for each in rest["divergences"]], rest["seconds"])
+        return Found(
+            [Answer(*each) for each in zip_longest(drawn("matched"), drawn("free"))],
+            list(arrays.get("edits", ())),
+            [tuple(each) for each in rest["divergences"]],
+            rest["seconds"],
+            rest["drawn_on"],
+            [verdict(each) for each in rest["verdicts"]],
+            [EditVerdict(each["done"], each["kept"], verdict(each["verdict"])) for each in rest["edit_verdicts"]],
+        )
 
 
 @dataclass(frozen=True)
@@ -135,55 +159,52 @@ class Work:
 
 
 class _Worker:
-    """What a worker process has opened."""
+    """What a worker process that draws has opened; `base`, which is bf16, where divergences are asked."""
 
     work: Work
-    base: Ours
     painter: Painter
+    base: Ours
 
 
-def _open(work: Work, turns: Any, devices: Sequence[str]) -> None:
-    """Open the arm's model, and bf16 beside it, on the next device."""
+def _open(work: Work, compared: bool, turns: Any, devices: Sequence[str]) -> None:
+    """Open the arm's model, and bf16 beside it where it is to be compared, on the next device."""
     torch.set_num_threads(1)
     with turns.get_lock():
         device = devices[turns.value % len(devices)]
         turns.value += 1
     dtype = getattr(torch, work.dtype)
-    _Worker.work, _Worker.base = work, Ours(work.model, device, dtype)
-    _Worker.painter = _Worker.base if work.arm == BASE else ARMS[work.arm][0](work.folder, device, dtype)
+    _Worker.work, _Worker.painter = work, ARMS[work.arm][0](work.folder, device, dtype)
+    if compared:
+        _Worker.base = Ours(work.model, device, dtype)
 
 
-def _texts(seeds: Sequence[int], codes: Sequence[Array | None]) -> list[Answer]:
-    """Draw and judge held-out posters; `codes` are those of bf16."""
-    found = []
-    for seed, given in zip(seeds, codes, strict=True):
-        case = world.case(seed, _Worker.work.split)
-        matched = None if given is None else _Worker.painter.draw(case.prompt, seed, _Worker.work.steps, codes=given)
-        free = _Worker.painter.draw(case.prompt, seed, _Worker.work.steps)
-        found.append(Answer(matched, free, judge(Image.fromarray(free.picture), case.truth)))
-    return found
+def _text(seed: int, codes: Array | None) -> Answer:
+    """Draw a held-out poster; `codes` are those of bf16."""
+    prompt = world.case(seed, _Worker.work.split).prompt
+    matched = None if codes is None else _Worker.painter.draw(prompt, seed, _Worker.work.steps, codes=codes)
+    return Answer(matched, _Worker.painter.draw(prompt, seed, _Worker.work.steps))
 
 
-def _edits(seeds: Sequence[int]) -> list[EditVerdict]:
-    """Draw and judge edits."""
-    found = []
-    for seed in seeds:
-        case = world.edit_case(seed, _Worker.work.split)
-        drawn = _Worker.painter.draw(case.prompt, seed, _Worker.work.steps, [case.source_picture])
-        found.append(judge_edit(Image.fromarray(drawn.picture), case))
-    return found
+def _edit(seed: int) -> Array:
+    """Draw an edit."""
+    case = world.edit_case(seed, _Worker.work.split)
+    return _Worker.painter.draw(case.prompt, seed, _Worker.work.steps, [case.source_picture]).picture
 
 
-def _divergences(seeds: Sequence[int]) -> list[tuple[float, float, float]]:
-    """For each draft of bf16: the mean divergence from its distributions, the share of equal likeliest codes, and the
-    mean entropy of bf16's, in nats."""
-    found = []
-    for seed in seeds:
-        prompt = world.case(seed, _Worker.work.split).prompt
-        drafted = _Worker.base.draft(prompt, seed)
-        base, ours = _Worker.base.logits(prompt, drafted), _Worker.painter.logits(prompt, drafted)
-        found.append(divergence(base, ours))
-    return found
+def _divergence(seed: int) -> tuple[float, float, float]:
+    """Of a draft of bf16: the mean divergence from its distributions, the share of equal likeliest codes, and the mean
+    entropy of bf16's, in nats."""
+    prompt = world.case(seed, _Worker.work.split).prompt
+    drafted = _Worker.base.draft(prompt, seed)
+    return divergence(_Worker.base.logits(prompt, drafted), _Worker.painter.logits(prompt, drafted))
+
+
+def _verdict(picture: Array, seed: int, split: str) -> Verdict:
+    return judge(Image.fromarray(picture), world.case(seed, split).truth)
+
+
+def _edit_verdict(picture: Array, seed: int, split: str) -> EditVerdict:
+    return judge_edit(Image.fromarray(picture), world.edit_case(seed, split))
 
 
 # Measures
@@ -251,31 +272,40 @@ class Amounts:
         return all(getattr(self, name) <= getattr(kept, name) for name in vars(self))
 
 
-def run_arm(work: Work, amounts: Amounts, base: Found | None, devices: Sequence[str], workers: int) -> Found:
+def draw_arm(work: Work, amounts: Amounts, base: Found | None, devices: Sequence[str], workers: int) -> Found:
     """Everything one arm is asked, in the order of the cases."""
-    cases, edits, drafts = amounts.cases, amounts.edits, amounts.drafts
+    here = machine(torch.device(devices[0]), getattr(torch, work.dtype), git_commit(), "python -m benchmarks.fidelity")
+    codes: list[Array | None] = [None] * amounts.cases
+    if base is not None:
+        codes[: amounts.matched] = [answer.free.codes for answer in base.texts[: amounts.matched]]
     context = multiprocessing.get_context("spawn")
-    given = (work, context.Value("i", 0), devices)
+    given = (work, amounts.drafts > 0, context.Value("i", 0), devices)
     with ProcessPoolExecutor(workers, context, initializer=_open, initargs=given) as pool:
         began = time.monotonic()
-        codes: list[Array | None] = [None] * cases
-        if base is not None:
-            codes[: amounts.matched] = [answer.free.codes for answer in base.texts[: amounts.matched]]
-        texts = [pool.submit(_texts, range(cases)[i : i + CHUNK], codes[i : i + CHUNK]) for i in range(0, cases, CHUNK)]
-        others = [pool.submit(_edits, range(edits)[i : i + CHUNK]) for i in range(0, edits, CHUNK)]
-        compared = [pool.submit(_divergences, range(drafts)[i : i + CHUNK]) for i in range(0, drafts, CHUNK)]
-        lists = [[each for task in tasks for each in task.result()] for tasks in (texts, others, compared)]
-        return Found(*lists, time.monotonic() - began)
+        texts = pool.map(_text, range(amounts.cases), codes, chunksize=CHUNK)
+        edits = pool.map(_edit, range(amounts.edits), chunksize=CHUNK)
+        compared = pool.map(_divergence, range(amounts.drafts), chunksize=CHUNK)
+        answers = list(texts), list(edits), list(compared)
+        return Found(*answers, time.monotonic() - began, {"machine": here, "devices": list(devices)})
+
+
+def judge_arm(found: Found, split: str, workers: int) -> Found:
+    """The same answers with their verdicts."""
+    pictures = [answer.free.picture for answer in found.texts]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        verdicts = pool.map(_verdict, pictures, range(len(pictures)), repeat(split), chunksize=CHUNK)
+        edits = pool.map(_edit_verdict, found.edits, range(len(found.edits)), repeat(split), chunksize=CHUNK)
+        return replace(found, verdicts=list(verdicts), edit_verdicts=list(edits))
 
 
 def summary(found: Found, base: Found | None) -> dict[str, Any]:
-    """An arm's row of the results file."""
-    row: dict[str, Any] = {"scores": _shares(Scores.of([answer.verdict for answer in found.texts]))}
+    """A judged arm's row of the results file."""
+    row: dict[str, Any] = {"scores": _shares(Scores.of(found.verdicts))}
     if found.edits:
-        row["edits"] = _shares(EditScores.of(found.edits))
+        row["edits"] = _shares(EditScores.of(found.edit_verdicts))
     if base is not None:
         pairs = list(zip(found.texts, base.texts, strict=False))  # a slow arm draws fewer
-        row["bf16_scores"] = _shares(Scores.of([answer.verdict for _, answer in pairs]))  # on the same cases
+        row["bf16_scores"] = _shares(Scores.of(base.verdicts[: len(pairs)]))  # on the same cases
         matched = [(a.matched, b.free) for a, b in pairs if a.matched is not None]
         row |= {
             "matched": len(matched),
@@ -287,7 +317,10 @@ def summary(found: Found, base: Found | None) -> dict[str, Any]:
     if found.divergences:
         kl, same, entropy = (_rounded(float(np.mean(each))) for each in zip(*found.divergences, strict=True))
         row |= {"kl": kl, "top1": same, "bf16_entropy": entropy, "drafts": len(found.divergences)}
-    return row | {"seconds": round(found.seconds, 1)}
+    row["seconds"] = round(found.seconds, 1)
+    if base is not None and found.drawn_on != base.drawn_on:
+        row["drawn_on"] = found.drawn_on
+    return row
 
 
 def _shares(scores: Scores | EditScores) -> dict[str, float]:
@@ -349,35 +382,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="cpu, or cuda:0 cuda:1 ...")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw; judge in a later run over the same WORK, on any machine"
+    )
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--sheet", type=Path, help="contact sheet (PNG)")
     args = parser.parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
 
+    arms = [BASE, *(arm for arm in args.arms if arm != BASE)]
+    kept = {arm: args.work / f"{arm}-{args.dtype}-{args.split}-{args.steps}.safetensors" for arm in arms}
     answers: dict[str, Found] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for arm in [BASE, *(arm for arm in args.arms if arm != BASE)]:
+    for arm in arms:
         painter, recipe = ARMS[arm]
         cases, edits = (args.cases, args.edits) if painter is Ours else (min(args.stock_cases, args.cases), 0)
         matched = 0 if arm == BASE else min(args.matched, cases)
         amounts = Amounts(cases, matched, edits, 0 if arm in (BASE, "stock") else args.drafts)
-        kept = args.work / f"{arm}-{args.dtype}-{args.split}-{args.steps}.safetensors"
-        found = Found.load(kept) if kept.with_suffix(".json").exists() else None
+        found = Found.load(kept[arm]) if kept[arm].with_suffix(".json").exists() else None
         if found is None or not amounts.within(found):
             folder = args.model if recipe is None else _converted(args.model, args.work, recipe)
             work = Work(args.model, arm, folder, args.dtype, args.split, args.steps)
-            found = run_arm(work, amounts, answers.get(BASE), args.devices, args.workers)
-            found.save(kept)
-        rows[arm] = summary(found, answers.get(BASE))
+            found = draw_arm(work, amounts, answers.get(BASE), args.devices, args.workers)
+            found.save(kept[arm])
+            print(f"{arm}: drawn in {found.seconds:.1f} s", file=sys.stderr)
         answers[arm] = found
+    if args.draw:
+        return 0
+
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        if not answers[arm].is_judged:
+            answers[arm] = judge_arm(answers[arm], args.split, args.workers)
+            answers[arm].save_rest(kept[arm])
+        rows[arm] = summary(answers[arm], None if arm == BASE else answers[BASE])
         print(f"{arm}: {json.dumps(rows[arm])}", file=sys.stderr)
 
+    drawn_on = answers[BASE].drawn_on
     result = {
-        "machine": machine(
-            torch.device(args.devices[0]), getattr(torch, args.dtype), git_commit(), "python -m benchmarks.fidelity"
-        ),
+        "machine": drawn_on["machine"],
         "model_sha256": digest(args.model),
-        "settings": {"split": args.split, "steps": args.steps, "devices": args.devices},  # seeds: the cases' numbers
+        "settings": {"split": args.split, "steps": args.steps, "devices": drawn_on["devices"]},  # seeds: cases' numbers
         "arms": rows,
     }
     if args.out:

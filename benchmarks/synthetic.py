@@ -134,10 +134,8 @@ def random_linear(
     spec = BlockSpec("alone", "alone", "", (LinearSpec("w", ("w",), (n,), k, bias=bias),))
     plain = "BF16" if dtype == torch.bfloat16 else "F32"
     layout = block_layout(spec, lambda _: scheme, plain)
-    stored = Weights(spec, layout, random_block(spec, layout, generator), torch.float32)
-    ready = Weights(spec, layout, stored.buffer.clone(), dtype)
-    if ready.needs_packing:
-        ready.linear("w").pack_from(stored.linear("w"))
+    ready = Weights(spec, layout, random_block(spec, layout, generator), dtype)
+    ready.pack()
     return ready.linear("w")
 
 

@@ -26,7 +26,7 @@ from .request import MAX_SOURCE_PICTURES, GenerateRequest
 
 if TYPE_CHECKING:
     from .events import Progress
-    from .memory.planner import Plan
+    from .memory.planner import Needs, Plan
     from .pipeline import GlmImagePipeline
 
 GB = 10**9
@@ -36,6 +36,7 @@ DEMO_PROMPT = (
     "a cream background"
 )
 _BAR = 20  # characters of a bar
+_CARDS_GB = (6, 8, 12, 16, 24)
 MAX_SIZE_CHARS = 40  # Python refuses to read numbers of thousands of digits
 _DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
 
@@ -248,8 +249,7 @@ def _open_pipeline(model: str | Path, device: str, vram: str, reporter: Reporter
     pipe = GlmImagePipeline.from_pretrained(
         model, device=device, vram=vram, announce=lambda text: reporter.event("note", text)
     )
-    if pipe.vram_bytes is not None:
-        devices.cap_memory(pipe.device, pipe.vram_bytes - CUDA_CONTEXT_BYTES)
+    devices.claim_memory(pipe.device, None if pipe.vram_bytes is None else pipe.vram_bytes - CUDA_CONTEXT_BYTES)
     name = str(pipe.dtype).removeprefix("torch.")
     where = devices.device_name(pipe.device)
     reporter.event("device", f"{where}, {name}, recipe {pipe.checkpoint.recipe}", device=str(pipe.device), dtype=name)
@@ -264,8 +264,9 @@ def _convert(args: argparse.Namespace, reporter: Reporter) -> int:
 
 def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     from .checkpoint.reader import Checkpoint
-    from .memory.planner import CUDA_CONTEXT_BYTES, MODES, every_plan, fastest
+    from .memory.planner import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, Needs
     from .memory.rates import ASSUMED, H100
+    from .memory.sizes import Sizes
     from .pipeline import vram_bytes
 
     width, height = _size(args.size)
@@ -274,81 +275,96 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     sources = ("source",) * args.sources
     request = GenerateRequest(prompt="", images=sources, height=height, width=width)
     checkpoint = Checkpoint.open(args.model)
-    budget = vram_bytes(args.vram)
-    plans, on_h100 = (
-        every_plan(checkpoint, "BF16", request, overhead_bytes=CUDA_CONTEXT_BYTES, rates=rates)
-        for rates in (ASSUMED, H100)
-    )
+    budget, overhead = vram_bytes(args.vram), CUDA_CONTEXT_BYTES + CUDA_WORKSPACE_BYTES
+    sizes = Sizes.of(checkpoint, "BF16")
+    needs, on_h100 = (Needs.of(checkpoint, sizes, request, rates=rates) for rates in (ASSUMED, H100))
+
+    def told(plan: Plan) -> dict[str, Any]:
+        return {
+            "mode": plan.mode,
+            "kept": sorted(plan.kept),
+            "streamed_blocks": plan.streamed_blocks,
+            "peak_bytes": plan.peak_bytes,
+            "seconds": plan.seconds,
+            "seconds_h100": on_h100.plan(plan.kept, plan.own_blocks).seconds,
+            "phases": [asdict(phase) for phase in plan.phases],
+        }
+
+    corners = needs.modes(overhead)
     lines = [f"{args.model}: recipe {checkpoint.recipe}, {width}x{height}, bf16 on CUDA, gigabytes of 10^9 bytes", ""]
-    lines += _plan_table(plans, on_h100)
+    lines += _plan_table(corners, [told(plan)["seconds_h100"] for plan in corners])
     fields: dict[str, Any] = {
-        "peak_bytes": {plan.mode: plan.peak_bytes for plan in plans},
-        "overhead_bytes": CUDA_CONTEXT_BYTES,
-        "phases": {plan.mode: [asdict(phase) for phase in plan.phases] for plan in plans},
-        "seconds": {plan.mode: plan.seconds for plan in plans},
-        "seconds_h100": {plan.mode: plan.seconds for plan in on_h100},
-        "modes": list(MODES),
+        "overhead_bytes": overhead,
+        "modes": [told(plan) for plan in corners],
         "chosen": None,
         "next": None,
     }
     code = 0
-    if budget is not None:
+    if budget is None:
+        lines += ["", *_plan_cards(needs, overhead)]
+    else:
         lines += ["", f"--vram {budget / GB:g}: "]
         try:
-            chosen = fastest(plans, request, budget)
+            chosen = needs.fastest(budget, overhead)
         except MemoryBudgetError as error:
             code = error.exit_code
             lines[-1] += f"nothing fits. {error}"
-            fields["missing_bytes"] = min(plan.peak_bytes for plan in plans) - budget
+            fields["missing_bytes"] = min(plan.peak_bytes for plan in corners) - budget
         else:
-            lines[-1] += chosen.mode
+            fields["chosen"] = told(chosen)
+            lines[-1] += f"{chosen.mode}, {chosen.described()}"
             lines += _plan_bars(chosen, budget)
-            fields["chosen"] = chosen.mode
-            if gain := _plan_gain(plans, on_h100, chosen):
-                fields["next"] = gain
+            if faster := needs.next_faster(chosen):
+                fields["next"] = told(faster)
+                now, then = fields["chosen"], fields["next"]
                 lines.append(
-                    f"--vram {math.ceil(gain['vram_bytes'] / GB * 100) / 100:.2f} is the next that gains: "
-                    f"{gain['mode']}, {gain['seconds']:.1f} s less ({gain['seconds_h100']:.1f} s on an H100)"
+                    f"--vram {math.ceil(faster.peak_bytes / GB * 100) / 100:.2f} is the next that gains: "
+                    f"{now['seconds'] - then['seconds']:.1f} s less "
+                    f"({now['seconds_h100'] - then['seconds_h100']:.1f} s on an H100), {faster.described()}"
                 )
     reporter.result("\n".join(lines), **fields)
     return code
 
 
-def _plan_gain(plans: Sequence[Plan], on_h100: Sequence[Plan], chosen: Plan) -> dict[str, Any] | None:
-    """What the least larger budget gains: its mode, its bytes, and the seconds that it saves."""
-    from .memory.planner import MODES, next_faster
-
-    faster = next_faster(plans, chosen)
-    if faster is None:
-        return None
-    now, then = MODES.index(chosen.mode), MODES.index(faster.mode)
-    saved, saved_h100 = (each[now].seconds - each[then].seconds for each in (plans, on_h100))
-    return {"mode": faster.mode, "vram_bytes": faster.peak_bytes, "seconds": saved, "seconds_h100": saved_h100}
-
-
-def _plan_table(plans: Sequence[Plan], on_h100: Sequence[Plan]) -> list[str]:
+def _plan_table(plans: Sequence[Plan], on_h100: Sequence[float]) -> list[str]:
     """A column a plan: bytes of every phase, the peak, and the seconds of a picture."""
+    from .memory.estimates import ASSUMED as LENGTHS
+    from .memory.planner import MODES
     from .memory.rates import ASSUMED
 
     def row(name: str, cells: Iterable[str]) -> str:
         return f"{name:<16}" + "".join(f"{cell:>22}" for cell in cells)
 
-    lines = [row("phase", (plan.mode for plan in plans)), row("", ["weights + working"] * len(plans))]
+    lines = [row("phase", MODES), row("", ["weights + working"] * len(plans))]
     for phases in zip(*(plan.phases for plan in plans), strict=True):
-        cells = (f"{p.weights_bytes / GB:.2f} + {p.working_bytes / GB:.2f}" for p in phases)
+        cells = (f"{p.weights_bytes / GB:.2f} + {(p.working_bytes + p.kept_bytes) / GB:.2f}" for p in phases)
         lines.append(row(phases[0].name, cells))
     lines.append(row("process peak", (f"{plan.peak_bytes / GB:.2f}" for plan in plans)))
     lines.append(row("seconds", (f"{plan.seconds:.1f}" for plan in plans)))
-    lines.append(row("seconds, H100", (f"{plan.seconds:.1f}" for plan in on_h100)))
+    lines.append(row("seconds, H100", (f"{seconds:.1f}" for seconds in on_h100)))
     return [
         *lines,
         "",
-        "Seconds are predicted, of a picture after the first: on a card assumed to reach",
-        f"{ASSUMED.copy_bytes_per_s / GB:g} GB/s, {ASSUMED.bf16_operations_per_s / 10**12:g} TFLOPS in bf16, "
-        f"{ASSUMED.int8_operations_per_s / 10**12:g} TOPS in int8 and "
-        f"{ASSUMED.host_to_device_bytes_per_s / GB:g} GB/s from the host;",
+        f"Of a prompt of {LENGTHS.prompt} tokens. Seconds are predicted, of a picture after the first:",
+        f"on a card assumed to reach {ASSUMED.copy_bytes_per_s / GB:g} GB/s, "
+        f"{ASSUMED.bf16_operations_per_s / 10**12:g} TFLOPS in bf16, "
+        f"{ASSUMED.int8_operations_per_s / 10**12:g} TOPS in int8 and",
+        f"{ASSUMED.host_to_device_bytes_per_s / GB:g} GB/s from the host; "
         "and at the rates that were measured of one H100.",
     ]
+
+
+def _plan_cards(needs: Needs, overhead_bytes: int) -> list[str]:
+    """A line for each usual card: what its plan does."""
+    lines = [f"{'--vram':<8}{'peak':>6}{'seconds':>9}  plan"]
+    for gigabytes in _CARDS_GB:
+        try:
+            plan = needs.fastest(gigabytes * GB, overhead_bytes)
+        except MemoryBudgetError as error:
+            lines.append(f"{gigabytes:<8}{'':>6}{'':>9}  {error.message}")
+        else:
+            lines.append(f"{gigabytes:<8}{plan.peak_bytes / GB:6.2f}{plan.seconds:9.1f}  {plan.described()}")
+    return lines
 
 
 def _plan_bars(plan: Plan, budget_bytes: int) -> list[str]:

@@ -19,8 +19,7 @@ from PIL import Image, ImageDraw
 from . import device as devices
 from .checkpoint.reader import Checkpoint
 from .events import Progress
-from .memory.planner import MODES, Plan, every_plan
-from .models.weights import DTYPE_NAMES
+from .memory.planner import MODES, Needs, Plan
 from .pipeline import GlmImagePipeline
 from .request import GenerateRequest
 
@@ -57,8 +56,8 @@ class _Watched(GlmImagePipeline):
         self._mode = mode
         self.most_bytes = 0
 
-    def plan(self, request: GenerateRequest, source_sides: Sequence[tuple[int, int]] = ()) -> Plan:
-        return every_plan(self.checkpoint, DTYPE_NAMES[self.dtype], request)[MODES.index(self._mode)]
+    def _plan(self, needs: Needs) -> Plan:
+        return needs.modes()[MODES.index(self._mode)]
 
     def watch(self, progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
         def report(event: Progress) -> None:

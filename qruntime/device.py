@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,9 +155,16 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def cap_memory(device: torch.device, budget_bytes: int) -> None:
-    """Make this process's allocator refuse to grow past `budget_bytes`. For programs that own their process."""
-    if device.type == "cuda":
+def claim_memory(device: torch.device, budget_bytes: int | None) -> None:
+    """For programs that own their process: have this process's allocator refuse to grow past `budget_bytes` (None: no
+    limit), and lay tensors of any sizes into the same memory, one after the other, where the system can."""
+    if device.type != "cuda":
+        return
+    if sys.platform == "linux":
+        settings = "expandable_segments:True"
+        newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # neither has a public name
+        (newer or torch.cuda.memory._set_allocator_settings)(settings)
+    if budget_bytes is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget_bytes, 0) / total), device)
 

@@ -31,8 +31,10 @@ from .draft import Choice, Order, draft
 from .errors import InputError, QruntimeError
 from .events import Events, Progress
 from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_patches
+from .memory.estimates import Lengths
 from .memory.parts import Parts
-from .memory.planner import CUDA_CONTEXT_BYTES, GB, MODES, Plan, every_plan, plan
+from .memory.planner import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, GB, Needs, Plan
+from .memory.sizes import Sizes
 from .models import dit, vision
 from .models.weights import DTYPE_NAMES
 from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
@@ -51,7 +53,8 @@ class PipelineOutput:
 
     `images`: Pillow pictures, or a float tensor [B, 3, H, W] in 0..1 ("pt"), or latents [B, C, H/8, W/8] ("latent");
     `prior_token_ids` [B, (H/16) * (W/16)]: the drafted codes at the transformer's resolution, on the CPU;
-    `seed`: of the first picture; `stats`: seconds, units and peak bytes a stage, the plan and what it predicted.
+    `seed`: of the first picture; `stats`: seconds, units and peak bytes a stage, the plan and what it predicted, and
+    the bytes of page-locked host memory that weights are kept in.
     """
 
     images: Any
@@ -143,23 +146,32 @@ class GlmImagePipeline:
 
     def plan(self, request: GenerateRequest, source_sides: Sequence[tuple[int, int]] = ()) -> Plan:
         """Where weights will live for a request. Raises `MemoryBudgetError` when it does not fit."""
-        kind = devices.kind(self.device)
-        budget, overhead = self.vram_bytes, CUDA_CONTEXT_BYTES if kind == "cuda" else 0
-        if budget is None and kind != "cpu":
-            budget, overhead = devices.available_bytes(self.device, self._parts.held_bytes) - AUTO_MARGIN_BYTES, 0
-        return plan(
+        return self._plan(self._needs(request, source_sides))
+
+    def _needs(self, request: GenerateRequest, source_sides: Sequence[tuple[int, int]]) -> Needs:
+        sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
+        grids = [(height // SIZE_MULTIPLE, width // SIZE_MULTIPLE) for height, width in sides]
+        prompt = self._tokenizer.build(request.prompt, request.token_grid, request.preview_grid, grids)
+        quoted = tuple(map(len, glyph_ids(glyph_texts(request.prompt))))
+        return Needs.of(
             self.checkpoint,
-            DTYPE_NAMES[self.dtype],
+            Sizes.of(self.checkpoint, DTYPE_NAMES[self.dtype]),
             request,
-            budget,
-            overhead_bytes=overhead,
-            source_sides=source_sides,
-            drafted_together=self._drafted_together,
+            lengths=Lengths(len(prompt.ids) - sum(rows * columns for rows, columns in grids), quoted),
+            source_sides=sides,
+            kernels=ops.uses_triton(self.device, self.dtype),
         )
 
-    @property
-    def _drafted_together(self) -> int:
-        return ops.MAX_ROWS if ops.uses_triton(self.device, self.dtype) else 1
+    def _plan(self, needs: Needs) -> Plan:
+        """The fastest plan within the budget, which is looked at anew where it is what is free; on the CPU, whose
+        memory is the host's, everything comes and goes."""
+        if self.vram_bytes is not None:
+            overhead = CUDA_CONTEXT_BYTES + CUDA_WORKSPACE_BYTES if devices.kind(self.device) == "cuda" else 0
+            return needs.fastest(self.vram_bytes, overhead)
+        if devices.kind(self.device) == "cpu":
+            return needs.plan(frozenset(), needs.blocks)
+        free = devices.available_bytes(self.device, self._parts.held_bytes)
+        return needs.fastest(free - AUTO_MARGIN_BYTES, CUDA_WORKSPACE_BYTES)
 
     def release(self) -> None:
         """Give all weights back to the device."""
@@ -255,8 +267,8 @@ class GlmImagePipeline:
     ) -> PipelineOutput:
         for job in jobs:
             self._open_sources(job)
-        plans = [self.plan(job.request, job.source_sides) for job in jobs]
-        chosen = max(plans, key=lambda each: (MODES.index(each.mode), each.peak_bytes))
+        needs = Needs.together([self._needs(job.request, job.source_sides) for job in jobs])
+        chosen = self._plan(needs)
         totals = {stage: _units_left(jobs, stage) for stage in ("encode", "draft", "denoise", "decode")}
         events = Events(
             totals,
@@ -267,8 +279,8 @@ class GlmImagePipeline:
         )
         given_up: Plan | None = None
         while True:
-            self._parts.follow(chosen, events.check)
             try:
+                self._parts.follow(chosen, events.check)
                 images, codes = self._draw(jobs, events, output_type, callback)
                 break
             except RuntimeError as error:
@@ -276,7 +288,7 @@ class GlmImagePipeline:
                     raise
                 stage, held = events.latest or "encode", devices.peak_bytes(self.device) / GB
             # Out of the handler, so that nothing holds the tensors of the attempt any more.
-            stricter = self._stricter(jobs, chosen)
+            stricter = needs.stricter(chosen)
             if given_up is not None or stricter is None:
                 raise QruntimeError(
                     f"{self.device} ran out of memory in stage {stage}, with {held:.2f} GB in tensors",
@@ -288,9 +300,12 @@ class GlmImagePipeline:
         stats: dict[str, Any] = {
             "stages": events.stats,
             "plan": chosen.mode,
+            "kept": sorted(chosen.kept),
+            "streamed_blocks": chosen.streamed_blocks,
             "plan_given_up": None if given_up is None else given_up.mode,  # for want of memory, on the way
             "predicted_bytes": chosen.peak_bytes,
             "predicted_phases": {phase.name: phase.peak_bytes for phase in chosen.phases},
+            "page_locked_bytes": self._parts.page_locked_bytes,
         }
         return PipelineOutput(images=images, prior_token_ids=codes, seed=jobs[0].request.seeds[0], stats=stats)
 
@@ -316,24 +331,6 @@ class GlmImagePipeline:
         codes = torch.cat([_required(job.prior_token_ids) for job in jobs])
         return to_pil(images) if output_type == "pil" else images, codes
 
-    def _stricter(self, jobs: list[_Job], given_up: Plan) -> Plan | None:
-        """The plan of the next mode that takes less memory, for the job that needs most; None behind the last."""
-        mode = MODES.index(given_up.mode) + 1
-        if mode == len(MODES):
-            return None
-        plans = [
-            every_plan(
-                self.checkpoint,
-                DTYPE_NAMES[self.dtype],
-                job.request,
-                overhead_bytes=given_up.overhead_bytes,
-                source_sides=job.source_sides,
-                drafted_together=self._drafted_together,
-            )[mode]
-            for job in jobs
-        ]
-        return max(plans, key=lambda each: each.peak_bytes)
-
     @contextmanager
     def _stage(self, events: Events, name: str, total: int) -> Iterator[None]:
         """A timed stage, which ends when the device has finished its work."""
@@ -353,16 +350,16 @@ class GlmImagePipeline:
 
     def _encode(self, jobs: list[_Job], events: Events) -> None:
         parts = self._parts
-        with parts.phase(parts.glyph_encoder):
+        with parts.phase("encode text"):
             for job in jobs:
                 job.cond_glyphs = self._glyph_states(job.request.prompt)
                 job.uncond_glyphs = self._glyph_states("") if job.request.guided else None
         sources = [source for job in jobs for source in job.sources]
         if sources:
-            with parts.phase(parts.vision_stem, parts.vision_blocks, parts.codebook):
+            with parts.phase("encode codes"):
                 for source in sources:
                     source.codes = self._codes(source)
-            with parts.phase(parts.vae_encoder):
+            with parts.phase("encode latents"):
                 for source in sources:
                     pixels = to_vae_input(source.picture).to(device=self.device, dtype=self.dtype)
                     source.latents = parts.vae_encoder.single()(pixels)[0]
@@ -392,7 +389,7 @@ class GlmImagePipeline:
 
     def _draft(self, jobs: list[_Job], events: Events) -> None:
         parts = self._parts
-        with parts.phase(parts.ar_layers, parts.ar_head):
+        with parts.phase("draft"):
             for job in jobs:
                 if job.prior_token_ids is None:
                     codes = self._draft_codes(job, events)
@@ -414,7 +411,7 @@ class GlmImagePipeline:
 
     def _denoise(self, jobs: list[_Job], events: Events, callback: Callable[..., Any] | None) -> None:
         parts = self._parts
-        with parts.phase(parts.dit_stem, parts.dit_adaln, parts.dit_blocks):
+        with parts.phase("denoise"):
             for job in jobs:
                 if job.latents is None:
                     job.latents = self._denoise_job(job, events, callback)
@@ -501,24 +498,21 @@ class GlmImagePipeline:
         priors = [stem.prior(parts.embed_prior(ids)) for ids in _required(job.prior_token_ids)]
         return [replace(shared, cond_prior=prior) for prior in priors]
 
-    def _condition(self, job: _Job, tables: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of all source pictures, joined, a block."""
+    def _condition(self, job: _Job, tables: Tensor) -> Tensor:
+        """Keys and values of all source pictures, one after the other."""
         parts, config = self._parts, self.checkpoint.dit
         stem = parts.dit_stem.single()
-        found: list[list[tuple[Tensor, Tensor]]] = []
-        for index, source in enumerate(job.sources):
-            rows, columns = (2 * side for side in source.grid)
+        sides = [(2 * rows, 2 * columns) for rows, columns in (source.grid for source in job.sources)]
+        cache = dit.condition_cache(config, sum(rows * columns for rows, columns in sides), tables)
+        start = 0
+        for index, (source, (rows, columns)) in enumerate(zip(job.sources, sides, strict=True)):
             prior = stem.prior(parts.embed_prior(_upsample(_required(source.codes)[None], *source.grid)[0]))
             rope = dit.rope_tables(config, rows, columns, self.device)
-            latents = _required(source.latents)
-            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents, prior, tables[:, index], rope))
-        if len(found) == 1:
-            return found[0]
-        joined = []
-        while found[0]:  # gigabytes in all: what is joined goes at once
-            block = [pairs.pop(0) for pairs in found]
-            joined.append((torch.cat([keys for keys, _ in block], dim=1), torch.cat([v for _, v in block], dim=1)))
-        return joined
+            stop = start + rows * columns
+            into = cache[:, :, :, start:stop]
+            dit.read_source(stem, parts.dit_blocks, _required(source.latents), prior, tables[:, index], rope, into)
+            start = stop
+        return cache
 
     def _times(self, timesteps: list[int]) -> Tensor:
         return torch.tensor(timesteps, dtype=torch.float32, device=self.device)
@@ -528,7 +522,7 @@ class GlmImagePipeline:
     def _decode(self, latents: Tensor, events: Events) -> Tensor:
         """Latents [B, C, h, w] -> pictures, float32 [B, 3, 8h, 8w] in 0..1 on the CPU."""
         parts, pictures = self._parts, []
-        with parts.phase(parts.vae_decoder):
+        with parts.phase("decode"):
             for picture in latents.to(self.dtype).split(1):
                 pixels = parts.vae_decoder.single()(picture).float()
                 _require_finite(pixels, "the decoded picture holds")

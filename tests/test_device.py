@@ -123,7 +123,7 @@ def test_the_cpu_counts_no_memory() -> None:
     assert devices.memory_bytes(CPU) is None
     assert devices.allocated_bytes(CPU) == devices.peak_bytes(CPU) == 0
     assert devices.compute_capability(CPU) is None
-    devices.cap_memory(CPU, 1)
+    devices.claim_memory(CPU, 1)
     devices.release_cached(CPU)
     devices.synchronize(CPU)
     with pytest.raises(InputError, match="how much memory is free"):

@@ -51,11 +51,8 @@ def random_weights(spec: Any, dtype: torch.dtype, recipe: str) -> Weights:
 
     schemes = RECIPES[recipe].scheme_map("vision_language_encoder", [spec])
     layout = block_layout(spec, schemes, "BF16" if dtype == torch.bfloat16 else "F32")
-    stored = Weights(spec, layout, random_block(spec, layout, torch.Generator(DEVICE).manual_seed(1)), torch.float32)
-    ready = Weights(spec, layout, stored.buffer.clone(), dtype)
-    for key, linear in ready.linears.items():
-        if linear.needs_packing:
-            linear.pack_from(stored.linear(key))
+    ready = Weights(spec, layout, random_block(spec, layout, torch.Generator(DEVICE).manual_seed(1)), dtype)
+    ready.pack()
     return ready
 
 

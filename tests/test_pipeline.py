@@ -13,7 +13,8 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qruntime.checkpoint.reader import Checkpoint
 from qruntime.errors import Cancelled, CheckpointError, InputError, MemoryBudgetError, QruntimeError
 from qruntime.events import SHARES, Progress
 from qruntime.media import EXIF_ORIENTATION
-from qruntime.memory import planner
 from qruntime.memory.blocks import Loader
-from qruntime.memory.planner import GB, MODES, every_plan
+from qruntime.memory.estimates import PHASES, Estimate
+from qruntime.memory.planner import GB, MODES, Needs, Plan
 from qruntime.pipeline import GlmImagePipeline, PipelineOutput
 from qruntime.request import MAX_SEED, GenerateRequest
 from qruntime.sampling import noise
@@ -811,26 +811,19 @@ def test_the_call_has_the_arguments_of_the_interface() -> None:
 
 @pytest.fixture
 def weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan as if weights were nearly all: in a tiny model they are nothing beside the working memory."""
-    for name in ("_SCAFFOLD_TOKENS", "_GLYPH_TOKENS", "_DENOISE_WIDTHS"):
-        assert getattr(planner, name) > 1
-        monkeypatch.setattr(planner, name, 1)
-    for name in ("_draft_working", "_vae_working"):
-        monkeypatch.setattr(planner, name, lambda *_: 0)
+    """Plan as if weights were all: in a tiny model they are nothing beside the working memory."""
+    working = Estimate.working
+    monkeypatch.setattr(Estimate, "working", lambda self: dict.fromkeys(working(self), 1))
+    monkeypatch.setattr(Estimate, "beside", {"draft": 1, "denoise": 1})
 
 
-def asked(images: tuple[Any, ...] = ()) -> GenerateRequest:
-    """What `draw` asks for."""
-    return GenerateRequest(prompt=PROMPT, images=images, height=SIDE, width=SIDE, num_inference_steps=STEPS)
-
-
-def budgets(folder: Path, images: tuple[Any, ...] = (), **options: Any) -> dict[str, float]:
-    """The least gigabytes with which each plan is chosen, most first."""
-    plans = every_plan(Checkpoint.open(folder), "F32", asked(images), **options)
+def budgets(folder: Path, images: tuple[Any, ...] = (), sides: Sequence[tuple[int, int]] = ()) -> dict[str, Plan]:
+    """What each of the corners takes, most first."""
+    pipe = open_pipeline(folder)
+    request = GenerateRequest(prompt=PROMPT, images=images, height=SIDE, width=SIDE, num_inference_steps=STEPS)
+    plans = pipe._needs(request, sides).modes()
     assert [plan.mode for plan in plans] == list(MODES)
-    peaks = [plan.peak_bytes for plan in plans]
-    assert peaks == sorted(set(peaks), reverse=True)
-    return {plan.mode: (plan.peak_bytes + 0.5) / GB for plan in plans}
+    return {plan.mode: plan for plan in plans}
 
 
 @pytest.mark.usefixtures("weights_decide")
@@ -840,38 +833,77 @@ def test_a_picture_is_the_same_at_any_budget(folder: str, edit: bool, request: p
     path = request.getfixturevalue(folder)("mixed")
     images = (source(64, 96, 1), source(96, 64, 2)) if edit else ()
     sides = [(96, 64), (64, 96)] if edit else []
+    corners = budgets(path, images, sides)
+    most, least = (corners[mode].peak_bytes for mode in ("resident", "streamed"))
     found = {}
-    for mode, vram in budgets(path, images, source_sides=sides).items():
+    for share in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1):
+        vram = (least + share * (most - least) + 0.5) / GB
         pipe = open_pipeline(path, vram=vram)
         given = None if edit else codes()
-        found[mode] = draw(pipe, image=list(images), prior_token_ids=given, output_type="pt")
-        assert found[mode].stats["plan"] == mode
-        assert found[mode].stats["predicted_bytes"] <= vram * GB
-        assert (held_bytes(pipe) > 0) == (mode == "resident")
+        found[share] = draw(pipe, image=list(images), prior_token_ids=given, output_type="pt")
+        stats = found[share].stats
+        assert stats["predicted_bytes"] <= vram * GB
+        assert (held_bytes(pipe) > 0) == bool(stats["kept"])
         again = draw(pipe, image=list(images), prior_token_ids=given, output_type="pt")
-        assert torch.equal(again.images, found[mode].images)
-    for mode in MODES[1:]:
-        assert torch.equal(found[mode].prior_token_ids, found["resident"].prior_token_ids)
-        assert torch.equal(found[mode].images, found["resident"].images)
+        assert torch.equal(again.images, found[share].images)
+    assert len({(tuple(out.stats["kept"]), out.stats["streamed_blocks"]) for out in found.values()}) > 3
+    for out in found.values():
+        assert torch.equal(out.prior_token_ids, found[1].prior_token_ids)
+        assert torch.equal(out.images, found[1].images)
+
+
+@pytest.mark.parametrize("folder", ["official", "quantised"])
+def test_a_picture_is_the_same_under_any_plan(
+    folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = open_pipeline(request.getfixturevalue(folder)("mixed"))
+    first = draw(pipe, output_type="pt")
+    ways = (((), 0), ((), 1), (("denoise",), 0), (("denoise", "decode"), 2), (("draft",), 5), (PHASES, 1), (PHASES, 5))
+    for kept, own in ways:
+        monkeypatch.setattr(pipe, "_plan", lambda needs, kept=kept, own=own: needs.plan(frozenset(kept), own))
+        for _ in range(2):
+            out = draw(pipe, output_type="pt")
+            assert out.stats["streamed_blocks"] == (5 - own if own < 3 else 0)
+            assert out.stats["kept"] == sorted(set(kept) & set(out.stats["predicted_phases"]))
+            assert torch.equal(out.prior_token_ids, first.prior_token_ids)
+            assert torch.equal(out.images, first.images)
+        assert (held_bytes(pipe) > 0) == bool(kept)
+
+
+@pytest.mark.usefixtures("weights_decide")
+def test_what_another_kind_of_request_loaded_stays_where_there_is_room(official: Folder) -> None:
+    """A picture from text needs no encoders of sources: they give way to a budget, and only to it."""
+    edited = budgets(official("mixed"), (source(64, 64),))["resident"].peak_bytes
+    text = budgets(official("mixed"))["resident"].peak_bytes
+    assert edited > text
+    pipe = open_pipeline(official("mixed"), vram=edited / GB + 0.001)
+    edit(pipe)
+    held = held_bytes(pipe)
+    quick(pipe)
+    assert held_bytes(pipe) == held
+    pipe.vram_bytes = text
+    quick(pipe)
+    assert held_bytes(pipe) < held
+    assert quick(pipe).stats["plan"] == "resident"
 
 
 @pytest.mark.usefixtures("weights_decide")
 def test_weights_that_stayed_go_when_the_plan_says_so(official: Folder) -> None:
     found = budgets(official("mixed"))
-    pipe = open_pipeline(official("mixed"), vram=found["resident"])
+    pipe = open_pipeline(official("mixed"), vram=100)
     first = quick(pipe).images
     assert held_bytes(pipe) > 0
-    pipe.vram_bytes = int(found["swapped"] * GB)
+    pipe.vram_bytes = found["streamed"].peak_bytes
     held = []
     second = quick(pipe, progress=lambda _: held.append(held_bytes(pipe)))
     assert held[0] == 0
-    assert second.stats["plan"] == "swapped"
+    assert second.stats["plan"] == "streamed"
     assert torch.equal(second.images, first)
 
 
 @pytest.mark.usefixtures("weights_decide")
 def test_a_budget_that_cannot_be_met_is_refused(official: Folder, loaded: list[str]) -> None:
-    least = budgets(official("mixed"))["streamed"]
+    least = budgets(official("mixed"))["streamed"].peak_bytes / GB
     pipe = open_pipeline(official("mixed"), vram=least * 0.99)
     with pytest.raises(MemoryBudgetError) as refused:
         draw(pipe)
@@ -879,12 +911,13 @@ def test_a_budget_that_cannot_be_met_is_refused(official: Folder, loaded: list[s
     assert not loaded
 
 
-@pytest.mark.usefixtures("weights_decide")
-def test_the_largest_request_of_a_call_decides_the_plan(official: Folder) -> None:
+def test_the_requests_of_a_call_are_planned_together(official: Folder) -> None:
     pipe = open_pipeline(official(), vram=100)
-    plain, edited = (pipe.plan(asked(images)).peak_bytes for images in ((), ("a", "b")))
-    assert edited != plain  # no preview is drafted where there are sources, which take memory in turn
+    request = GenerateRequest(prompt=PROMPT, height=SIDE, width=SIDE, num_inference_steps=STEPS, images=("a", "b"))
+    alone = [pipe._needs(replace(request, images=images), ()) for images in ((), ("a", "b"))]
+    together = Needs.together(alone).modes()[0].peak_bytes
+    assert together > max(each.modes()[0].peak_bytes for each in alone)  # no edit drafts a preview
     for order in (1, -1):
         pictures = [[], [source(64, 64), source(64, 64)]][::order]
         out = quick(pipe, prompt=[PROMPT, PROMPT], image=pictures)
-        assert out.stats["predicted_bytes"] == max(plain, edited)
+        assert out.stats["predicted_bytes"] == together

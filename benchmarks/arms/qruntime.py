@@ -46,8 +46,8 @@ class Ours:
     def load(self) -> float:
         """Open the folder and draw the smallest picture, which brings every weight and compiles every kernel. What it
         takes to draw it again is no part of loading."""
-        if self._budget_gb is not None:
-            devices.cap_memory(self._device, int(self._budget_gb * 1e9) - CUDA_CONTEXT_BYTES)  # as the command line
+        cap = None if self._budget_gb is None else int(self._budget_gb * 1e9) - CUDA_CONTEXT_BYTES
+        devices.claim_memory(self._device, cap)  # as the command line does
         vram = "auto" if self._budget_gb is None else self._budget_gb
         with stopwatch(self._device) as first:
             self._pipe = GlmImagePipeline.from_pretrained(
@@ -64,7 +64,8 @@ class Ours:
 
     def draw(self, inputs: Inputs) -> Drawn:
         out = self._call(inputs)
-        facts = {key: out.stats[key] for key in ("plan", "predicted_bytes", "predicted_phases")}
+        names = ("plan", "kept", "streamed_blocks", "predicted_bytes", "predicted_phases", "page_locked_bytes")
+        facts = {name: out.stats[name] for name in names}
         pixels = hashlib.sha256(b"".join(image.tobytes() for image in out.images)).hexdigest()
         return Drawn(_stages(out), {**facts, "pixels_sha256": pixels})
 

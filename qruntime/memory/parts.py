@@ -15,22 +15,26 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
 from ..models import ar, dit, glyph, vae, vision
 from ..models.weights import Weights
-from .blocks import Blocks, Loader
+from .blocks import Blocks, Loader, Ring
 from .planner import Plan
 
+_ROWS_AT_ONCE = 2048  # of a table, while they are checked
 KEPT_SLACK_BYTES = 128 * 2**20  # a graph's own memory and tables of some kilobytes, which no plan counts
 
 M = TypeVar("M")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
-    """What `Parts.keep` holds: for what, the thing itself, and the device memory that making it took."""
+    """What `Parts.keep` holds: the phase that made it, for what, the thing itself, and the device memory that making it
+    took. Of a tensor that may leave the device there is a copy on the host."""
 
+    phase: str
     key: Hashable
     value: Any
     nbytes: int
+    on_host: Tensor | None = None
 
 
 class Parts:
@@ -40,11 +44,12 @@ class Parts:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        loaders = {name: Loader(part, device, dtype) for name, part in checkpoint.components.items()}
+        ring = Ring(device)
+        loaders = {name: Loader(part, device, dtype, ring) for name, part in checkpoint.components.items()}
 
-        def blocks(component: str, kind: str, make: Callable[[Weights], M], *, streamed: bool = False) -> Blocks[M]:
+        def blocks(component: str, kind: str, make: Callable[[Weights], M], *, own: int | None = None) -> Blocks[M]:
             specs = [s for s in checkpoint.components[component].specs.values() if s.kind == kind]
-            return Blocks(loaders[component], specs, make, streamed=streamed)
+            return Blocks(loaders[component], specs, make, own=own)
 
         ar_name = "vision_language_encoder"
         self.glyph_encoder: Blocks[glyph.GlyphEncoder] = blocks(
@@ -60,68 +65,100 @@ class Parts:
         self.vae_encoder: Blocks[vae.Encoder] = blocks("vae", "encoder", lambda w: vae.Encoder(checkpoint.vae, w))
         self.vae_decoder: Blocks[vae.Decoder] = blocks("vae", "decoder", lambda w: vae.Decoder(checkpoint.vae, w))
         self.dit_stem: Blocks[dit.Stem] = blocks("transformer", "stem", lambda w: dit.Stem(checkpoint.dit, w))
-        self.dit_adaln: Blocks[Weights] = blocks("transformer", "adaln", lambda w: w, streamed=True)
+        self.dit_adaln: Blocks[Weights] = blocks("transformer", "adaln", lambda w: w, own=0)
         self.dit_blocks: Blocks[dit.DitBlock] = blocks(
             "transformer", "block", lambda w: dit.DitBlock(checkpoint.dit, w)
         )
+        self._of_phase: dict[str, tuple[Blocks[Any], ...]] = {
+            "encode text": (self.glyph_encoder,),
+            "encode codes": (self.vision_stem, self.vision_blocks, self.codebook),
+            "encode latents": (self.vae_encoder,),
+            "draft": (self.ar_layers, self.ar_head),
+            "denoise": (self.dit_stem, self.dit_adaln, self.dit_blocks),
+            "decode": (self.vae_decoder,),
+        }
         self._code_table: Tensor | None = None
         self._kept: dict[str, _Kept] = {}
-        self._keep = False
+        self._phase = ""
+        self._staying: frozenset[str] = frozenset()
 
     @property
     def _all(self) -> list[Blocks[Any]]:
-        return [value for value in vars(self).values() if isinstance(value, Blocks)]
+        return [blocks for used in self._of_phase.values() for blocks in used]
 
     @property
     def held_bytes(self) -> int:
         """Bytes of device memory that weights hold now, and what was built over them."""
         return sum(blocks.held_bytes for blocks in self._all) + sum(kept.nbytes for kept in self._kept.values())
 
+    @property
+    def page_locked_bytes(self) -> int:
+        """Bytes of page-locked host memory that streamed blocks are kept in."""
+        return self.dit_blocks.on_host_bytes
+
     def follow(self, plan: Plan, before_block: Callable[[], None]) -> None:
-        """Arrange the parts as `plan` says; `before_block` is called before every block that runs."""
-        self.dit_blocks.stream(plan.streams_dit)
-        self._keep = plan.keeps_weights
-        if not self._keep:
-            self._release_device()
+        """Arrange the parts as `plan` says; `before_block` is called before every block that runs.
+
+        Weights of phases that the plan has not stay if there is room for all of them.
+        """
+        self.dit_blocks.stream(plan.own_blocks if plan.streamed_blocks else None)
+        others = self._of_phase.keys() - {phase.name for phase in plan.phases}
+        held = sum(blocks.held_bytes for name in others for blocks in self._of_phase[name])
+        self._staying = plan.kept | (others if held <= plan.spare_bytes else frozenset())
+        for name in self._of_phase.keys() - self._staying:
+            self._release(name)
         planned = max(phase.kept_bytes for phase in plan.phases) + KEPT_SLACK_BYTES
         while sum(kept.nbytes for kept in self._kept.values()) > planned:  # a larger picture's, say
             self.drop(max(self._kept, key=lambda name: self._kept[name].nbytes))
         for blocks in self._all:
             blocks.watch(before_block)
+        devices.release_cached(self.device)
+        for blocks in (blocks for name in plan.kept for blocks in self._of_phase[name]):
+            if blocks is not self.dit_adaln:  # whose slots are no weights that stay
+                blocks.make_slots()
 
     @contextmanager
-    def phase(self, *used: Blocks[Any]) -> Iterator[None]:
-        """A phase that uses some parts: unless the plan keeps weights, they are given back when it ends.
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the plan that is followed: unless that keeps its weights, they are given back when it ends.
 
         Memory that the phase only worked in goes back in any case: the next phase needs other sizes.
         """
+        self._phase = name
         try:
             yield
         finally:
-            if not self._keep:
-                for blocks in used:
-                    blocks.release()
-                if self.ar_layers in used:
-                    self._code_table = None
-                self._kept.clear()
+            if name not in self._staying:
+                self._release(name)
             devices.release_cached(self.device)
 
     def release(self) -> None:
         """Give all weights back, on the device and on the host."""
-        self.dit_blocks.stream(False)
-        self._release_device()
-
-    def _release_device(self) -> None:
-        for blocks in self._all:
-            blocks.release()
-        self._code_table = None
+        self.dit_blocks.stream(None)
+        for name in self._of_phase:
+            self._release(name)
         self._kept.clear()
         devices.release_cached(self.device)
 
-    def keep(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, until weights are released or another `key` is asked for under this name.
+    def _release(self, phase: str) -> None:
+        """Give a phase's weights back, and what was built over them; tensors go to the host."""
+        for blocks in self._of_phase[phase]:
+            blocks.release()
+        if phase == "draft":
+            self._code_table = None
+        for name, kept in list(self._kept.items()):
+            if kept.phase != phase:
+                continue
+            if isinstance(kept.value, Tensor):
+                kept.on_host = kept.value.cpu() if kept.on_host is None else kept.on_host
+                kept.value, kept.nbytes = None, 0
+            elif kept.on_host is None:
+                self.drop(name)
 
-        For what is built over weights at their addresses, such as captured graphs.
+    def keep(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, until another `key` is asked for under this name; and, unless it is a tensor, until the
+        weights of the phase that it is made in are released.
+
+        For what is built over weights at their addresses, such as captured graphs, and for tables.
         """
         kept = self._kept.get(name)
         if kept is None or kept.key != key:
@@ -129,7 +166,10 @@ class Parts:
             self.drop(name)  # before another is made: both may not fit
             before = self._beside_weights
             made = make()
-            kept = self._kept[name] = _Kept(key, made, max(self._beside_weights - before, 0))
+            kept = self._kept[name] = _Kept(self._phase, key, made, max(self._beside_weights - before, 0))
+        elif kept.value is None and kept.on_host is not None:
+            kept.value = kept.on_host.to(self.device)
+            kept.nbytes = kept.value.numel() * kept.value.element_size()
         value: T = kept.value
         return value
 
@@ -163,7 +203,11 @@ class Parts:
         Each row that is asked for is read and sent once, and checked where that is fast: on the device.
         """
         different, where = ids.unique(return_inverse=True)
-        rows = self.checkpoint.components[component].tensor(name)[different].to(self.device)
-        if not torch.isfinite(rows).all():
-            raise CheckpointError(f"{component}: {name} holds NaN or infinite values", "fetch the checkpoint again")
-        return rows.to(self.dtype)[where.to(self.device)]
+        table = self.checkpoint.components[component].tensor(name)
+        rows = torch.empty(len(different), table.shape[1], dtype=self.dtype, device=self.device)
+        for some, wanted in zip(rows.split(_ROWS_AT_ONCE), different.split(_ROWS_AT_ONCE), strict=True):
+            some.copy_(table[wanted])
+            if not torch.isfinite(some).all():
+                raise CheckpointError(f"{component}: {name} holds NaN or infinite values", "fetch the checkpoint again")
+        in_order = len(different) == len(ids) and bool((where.diff() > 0).all())
+        return rows if in_order else rows[where.to(self.device)]

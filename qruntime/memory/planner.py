@@ -1,43 +1,38 @@
-"""From a budget to where weights live: one pure function, and the numbers it reasons with.
+"""From a budget to where weights live: pure functions of shapes, and the numbers they reason with.
 
-A picture is drawn in phases that follow each other in device memory. Three plans exist, in the order in which they are
-preferred:
+A picture is drawn in phases that follow each other in device memory. Two things are free, and a plan decides them:
 
-- `resident`: every part's weights stay;
-- `swapped`: a phase's weights come when it starts and go when it ends;
-- `streamed`: as swapped, and the blocks of the diffusion transformer pass through two slots.
+- which phases' weights stay for the next picture, and which come when their phase starts and go when it ends;
+- how many blocks of the diffusion transformer have a slot of their own; the others pass through two slots at every
+  step, each while another one computes.
 
-`plan` takes the fastest that fits and refuses when none does. The working memory and the seconds of each phase are
-predicted from shapes; with more memory no plan is slower, on whatever card.
+`Needs` holds what a call needs of a device in every phase, and finds the plan of least predicted seconds within a
+budget. The working memory of a phase is predicted from shapes; with more memory no plan is slower, on whatever card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TypeVar
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import MemoryBudgetError
-from ..models import vae
-from ..models.ar import cache_capacity
-from ..models.dit import CHUNKS, MAX_CAPTURED_ROWS
-from ..ops import MAX_ROWS
-from ..request import SIZE_MULTIPLE, GenerateRequest
+from ..request import GenerateRequest
 from .blocks import STREAM_SLOTS
+from .estimates import ASSUMED as ASSUMED_LENGTHS
+from .estimates import PHASES, Estimate, Lengths
 from .rates import ASSUMED, Rates
-from .sizes import Operations, Sizes
+from .sizes import Sizes
+
+N = TypeVar("N", int, float)
 
 GB = 10**9
 MODES = ("resident", "swapped", "streamed")
-CUDA_CONTEXT_BYTES = 800 * 10**6  # driver context, cuBLAS and cuDNN workspaces: in the process's VRAM, in no tensor
-_UNKNOWN_PROMPT_TOKENS = 2048  # planned for where there is no prompt yet; else a token is at least a byte of it
-_GLYPH_TOKENS = 2048  # of one quoted text; longer ones are cut
-_SCAFFOLD_TOKENS = 64  # around the text of a prompt
-
-# Working memory of a phase in multiples of its largest activations. Measured on full-size shapes; see
-# benchmarks/LOG.md.
-_DENOISE_WIDTHS = 13  # tensors of [sequence, width] alive at the worst moment of a block; 8 where its kernels run
-_VISION_WIDTHS = 16
+CUDA_CONTEXT_BYTES = 810 * 10**6  # the driver's context and modules: in the process's VRAM, in no tensor
+CUDA_WORKSPACE_BYTES = 100 * 10**6  # in no phase: cuBLAS's workspaces, and gaps between tensors
+_GAIN = 0.99  # a plan is faster than another one if it takes less than this share of its seconds
 
 # What a phase works in grows with, if not with the picture.
 _LESS = {
@@ -67,11 +62,26 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where weights live while one request runs. `overhead_bytes` is what the process holds outside tensors."""
+    """Where weights live while a call runs.
 
-    mode: str
+    `kept`: phases whose weights stay; `own_blocks`: how many of the transformer's blocks have a slot of their own, and
+    `streamed_blocks` how many pass through two; `overhead_bytes`: what the process holds outside of every phase;
+    `spare_bytes`: what the budget leaves.
+    """
+
     phases: tuple[Phase, ...]
+    kept: frozenset[str]
+    own_blocks: int
+    streamed_blocks: int
     overhead_bytes: int
+    spare_bytes: int = 0
+
+    @property
+    def mode(self) -> str:
+        """One of `MODES`, the word for it: is any block streamed; do all weights stay; or neither."""
+        if self.streamed_blocks:
+            return "streamed"
+        return "resident" if self.kept.issuperset(phase.name for phase in self.phases) else "swapped"
 
     @property
     def peak_bytes(self) -> int:
@@ -80,270 +90,202 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted seconds of the request, all its pictures together."""
+        """Predicted seconds of the call, all its pictures together."""
         return sum(phase.seconds for phase in self.phases)
 
-    @property
-    def keeps_weights(self) -> bool:
-        return self.mode == "resident"
+    def described(self) -> str:
+        """In words, what stays and what comes and goes."""
+        if self.mode == "resident":
+            return "all weights stay"
+        names = [phase.name for phase in self.phases]
+        stay = [name for name in names if name in self.kept]
+        said = f"{', '.join(stay)} stay" if stay else "weights come and go with their phase"
+        if self.streamed_blocks:
+            said += f"; {self.streamed_blocks} of {self.own_blocks + self.streamed_blocks} blocks are streamed"
+        return said
 
-    @property
-    def streams_dit(self) -> bool:
-        return self.mode == "streamed"
 
+@dataclass(frozen=True)
+class Needs:
+    """What a call needs of a device by phase, wherever weights live.
 
-def plan(
-    checkpoint: Checkpoint,
-    dtype_name: str,
-    request: GenerateRequest,
-    budget_bytes: int | None,
-    *,
-    overhead_bytes: int = 0,
-    source_sides: Sequence[tuple[int, int]] = (),
-    drafted_together: int = MAX_ROWS,
-) -> Plan:
-    """The fastest plan whose predicted peak is within the budget; without a budget, `swapped`.
-
-    Raises `MemoryBudgetError` with the number that is missing.
+    `weights`: bytes, without the transformer's blocks; `working`: bytes at the worst moment; `beside`: bytes that stay
+    beside weights that stay; `seconds` where all weights are there, without the transformer's passes; `passes`: seconds
+    and number of those. `largest`: the size of the largest picture, as messages name it.
     """
-    plans = every_plan(
-        checkpoint,
-        dtype_name,
-        request,
-        overhead_bytes=overhead_bytes,
-        source_sides=source_sides,
-        drafted_together=drafted_together,
-    )
-    return plans[MODES.index("swapped")] if budget_bytes is None else fastest(plans, request, budget_bytes)
 
+    sizes: Sizes
+    rates: Rates
+    blocks: int
+    largest: str
+    weights: Mapping[str, int]
+    working: Mapping[str, int]
+    beside: Mapping[str, int]
+    seconds: Mapping[str, float]
+    passes: tuple[tuple[float, int], ...]
 
-def fastest(plans: Sequence[Plan], request: GenerateRequest, budget_bytes: int) -> Plan:
-    """Of a request's plans the one of least predicted seconds that is within the budget; of equals, the first.
+    @staticmethod
+    def of(
+        checkpoint: Checkpoint,
+        sizes: Sizes,
+        request: GenerateRequest,
+        *,
+        lengths: Lengths = ASSUMED_LENGTHS,
+        source_sides: Sequence[tuple[int, int]] = (),
+        kernels: bool = True,
+        rates: Rates = ASSUMED,
+    ) -> Needs:
+        """What one request needs.
 
-    Raises `MemoryBudgetError`.
-    """
-    fitting = [each for each in plans if each.peak_bytes <= budget_bytes]
-    if fitting:
-        return min(fitting, key=lambda each: each.seconds)
-    least = min(plans, key=lambda each: each.peak_bytes)
-    worst = max(least.phases, key=lambda phase: phase.peak_bytes)
-    weights_bytes = least.overhead_bytes + worst.weights_bytes
-    raise MemoryBudgetError(
-        f"{request.width}x{request.height} needs {least.peak_bytes / GB:.2f} GB of device memory in {worst.name} "
-        f"and {budget_bytes / GB:.2f} GB are allowed: {(least.peak_bytes - budget_bytes) / GB:.2f} GB are missing",
-        f"{_LESS.get(worst.name, 'draw a smaller picture')}, or raise --vram"
-        if weights_bytes <= budget_bytes
-        else f"raise --vram or use a smaller recipe: weights and driver take {weights_bytes / GB:.2f} GB there",
-    )
-
-
-def next_faster(plans: Sequence[Plan], chosen: Plan) -> Plan | None:
-    """The plan that the least larger budget gains: of those that are faster, the one that takes least memory."""
-    faster = [each for each in plans if each.seconds < chosen.seconds]
-    return min(faster, key=lambda each: each.peak_bytes, default=None)
-
-
-def every_plan(
-    checkpoint: Checkpoint,
-    dtype_name: str,
-    request: GenerateRequest,
-    *,
-    overhead_bytes: int = 0,
-    source_sides: Sequence[tuple[int, int]] = (),
-    drafted_together: int = MAX_ROWS,
-    rates: Rates = ASSUMED,
-) -> list[Plan]:
-    """The plans of a request, most memory first, with seconds on a card that reaches `rates` and drafts up to so many
-    pictures together.
-
-    `source_sides` are (height, width) of the fitted source pictures; a request whose pictures were not opened yet is
-    planned with sources of its own size.
-    """
-    sizes = Sizes.of(checkpoint, dtype_name, drafted_together)
-    sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
-    return [Plan(mode, _phases(checkpoint, sizes, request, sides, mode, rates), overhead_bytes) for mode in MODES]
-
-
-def _phases(
-    checkpoint: Checkpoint,
-    sizes: Sizes,
-    request: GenerateRequest,
-    sides: list[tuple[int, int]],
-    mode: str,
-    rates: Rates,
-) -> tuple[Phase, ...]:
-    weights = {
-        "encode text": sizes.glyph,
-        "encode codes": sizes.vision,
-        "encode latents": sizes.vae_encoder,
-        "draft": sizes.draft,
-        "denoise": sizes.dit_held + (STREAM_SLOTS * sizes.dit_slot if mode == "streamed" else sizes.dit_blocks),
-        "decode": sizes.vae_decoder,
-    }
-    working = {"encode text": _glyph_working(checkpoint, sizes, request)}
-    if sides:
-        working["encode codes"] = max(_vision_working(checkpoint, sizes, *side) for side in sides)
-        working["encode latents"] = max(_vae_working(checkpoint, sizes, *side) for side in sides)
-    working["draft"] = _draft_working(checkpoint, sizes, request, sides)
-    working["denoise"] = _denoise_working(checkpoint, sizes, request, sides)
-    working["decode"] = _vae_working(checkpoint, sizes, request.height, request.width)
-    resident = mode == "resident"
-    kept = dict.fromkeys(working, 0)
-    if resident:
-        kept["draft"] = _cache_bytes(checkpoint, sizes, request, sides)
-        kept["denoise"] = _table_bytes(checkpoint, sizes, request, sides) + _captured_bytes(checkpoint, sizes, request)
-    seconds = _compute_seconds(checkpoint, sizes, request, sides, rates)
-    seconds["denoise"] = _denoise_seconds(checkpoint, sizes, request, sides, mode, rates)
-    if not resident:
-        for name in seconds.keys() - {"denoise"}:
-            seconds[name] += rates.load_seconds(weights[name])
-    return tuple(
-        Phase(
-            name,
-            sizes.everything if resident else weights[name],  # what another request loaded stays too
-            working[name],
-            seconds[name],
-            sum(kept.values()) - kept[name],
+        Args:
+            lengths: tokens of the prompt.
+            source_sides: (height, width) of the fitted source pictures; of pictures that were not opened yet, the
+                request's own size is assumed.
+            kernels: whether the Triton kernels run.
+            rates: what the card reaches.
+        """
+        sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
+        found = Estimate(checkpoint, sizes, request, lengths, sides, kernels, rates)
+        working, seconds = found.working(), found.seconds()
+        return Needs(
+            sizes,
+            rates,
+            checkpoint.dit.num_layers,
+            f"{request.width}x{request.height}",
+            {name: found.weights[name] for name in working},
+            working,
+            {name: found.beside.get(name, 0) for name in working},
+            {name: seconds[name] for name in working},
+            tuple(found.passes()),
         )
-        for name in working
-    )
+
+    @staticmethod
+    def together(needs: Sequence[Needs]) -> Needs:
+        """What several requests need that go through the phases together."""
+        first, *others = needs
+        for other in others:
+            first = replace(
+                first,
+                weights={**first.weights, **other.weights},
+                working=_joined(first.working, other.working, max),
+                beside=_joined(first.beside, other.beside, max),
+                seconds=_joined(first.seconds, other.seconds, sum),
+                passes=first.passes + other.passes,
+                largest=max(first, other, key=lambda each: max(each.working.values())).largest,
+            )
+        return first
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The phases that there are, in order."""
+        return tuple(name for name in PHASES if name in self.working)
+
+    def plan(self, kept: frozenset[str], own_blocks: int, overhead_bytes: int = 0) -> Plan:
+        """The plan that keeps the weights of some phases, and gives so many blocks slots of their own."""
+        own_blocks = own_blocks if self.blocks - own_blocks > STREAM_SLOTS else self.blocks
+        streamed = self.blocks - own_blocks
+        slots = own_blocks + STREAM_SLOTS if streamed else own_blocks
+        weights = dict(self.weights)
+        weights["denoise"] += slots * self.sizes.dit_slot
+        staying = {name: weights[name] for name in kept if name in weights}
+        beside = {name: self.beside[name] for name in staying}
+        phases = tuple(
+            Phase(
+                name,
+                weights[name] + sum(staying.values()) - staying.get(name, 0),
+                self.working[name],
+                self._seconds(name, name in kept, streamed),
+                sum(beside.values()) - beside.get(name, 0),
+            )
+            for name in self.names
+        )
+        return Plan(phases, frozenset(staying), own_blocks, streamed, overhead_bytes)
+
+    def modes(self, overhead_bytes: int = 0) -> list[Plan]:
+        """The corners between which all plans lie: everything stays; everything comes and goes; and that with all
+        blocks streamed."""
+        everything, nothing = frozenset(self.names), frozenset[str]()
+        ways = ((everything, self.blocks), (nothing, self.blocks), (nothing, 0))
+        return [self.plan(kept, own, overhead_bytes) for kept, own in ways]
+
+    def fastest(self, budget_bytes: int, overhead_bytes: int = 0) -> Plan:
+        """The plan of least predicted seconds that is within the budget.
+
+        Raises `MemoryBudgetError` with the number that is missing.
+        """
+        fitting = [
+            self.plan(kept, own, overhead_bytes)
+            for kept in self._choices
+            if (own := self._most_blocks(kept, budget_bytes - overhead_bytes)) is not None
+        ]
+        if not fitting:
+            raise self._refusal(budget_bytes, overhead_bytes)
+        best = min(fitting, key=lambda each: each.seconds)  # of equals the one that keeps most
+        return replace(best, spare_bytes=budget_bytes - best.peak_bytes)
+
+    def next_faster(self, chosen: Plan) -> Plan | None:
+        """The plan that the least larger budget gains, if any does."""
+        plans = [
+            self.plan(kept, own, chosen.overhead_bytes) for kept in self._choices for own in range(self.blocks + 1)
+        ]
+        faster = [each for each in plans if each.seconds < _GAIN * chosen.seconds]
+        least = min(faster, key=lambda each: each.peak_bytes, default=None)
+        return None if least is None else self.fastest(least.peak_bytes, chosen.overhead_bytes)
+
+    def stricter(self, given_up: Plan) -> Plan | None:
+        """What to try when memory ran out under a plan: the fastest one that takes a quarter less, or else the one that
+        takes least; None behind that one."""
+        least = self.plan(frozenset(), 0, given_up.overhead_bytes)
+        if not given_up.kept and given_up.own_blocks == least.own_blocks:
+            return None
+        less = 3 * given_up.peak_bytes // 4
+        return least if least.peak_bytes > less else self.fastest(less, given_up.overhead_bytes)
+
+    @property
+    def _choices(self) -> list[frozenset[str]]:
+        """Every set of phases whose weights may stay, larger ones first."""
+        names = self.names
+        return [frozenset(kept) for count in range(len(names), -1, -1) for kept in combinations(names, count)]
+
+    def _most_blocks(self, kept: frozenset[str], room_bytes: int) -> int | None:
+        """How many blocks may have a slot of their own beside weights that stay; None where not even two slots fit."""
+        bare = self.plan(kept, 0)
+        if bare.peak_bytes > room_bytes:
+            return None
+        holding = (phase for phase in bare.phases if phase.name == "denoise" or "denoise" in kept)
+        more = min(room_bytes - phase.peak_bytes for phase in holding) // self.sizes.dit_slot
+        return min(bare.own_blocks + more, self.blocks)
+
+    def _seconds(self, name: str, kept: bool, streamed: int) -> float:
+        """Of one phase. Blocks arrive beside a pass: those that come for the phase beside the first one, streamed ones
+        beside each."""
+        total = self.seconds[name] + (0 if kept else self.rates.load_seconds(self.weights[name]))
+        if name == "denoise":
+            again = streamed * self.sizes.dit_slot
+            arriving = again if kept else self.blocks * self.sizes.dit_slot
+            for seconds, count in self.passes:
+                total += self.rates.streamed_seconds(seconds, arriving)
+                total += (count - 1) * self.rates.streamed_seconds(seconds, again)
+                arriving = again
+        return total
+
+    def _refusal(self, budget_bytes: int, overhead_bytes: int) -> MemoryBudgetError:
+        least = self.plan(frozenset(), 0, overhead_bytes)
+        worst = max(least.phases, key=lambda phase: phase.peak_bytes)
+        weights_bytes = overhead_bytes + worst.weights_bytes
+        return MemoryBudgetError(
+            f"{self.largest} needs {least.peak_bytes / GB:.2f} GB of device memory in {worst.name} "
+            f"and {budget_bytes / GB:.2f} GB are allowed: {(least.peak_bytes - budget_bytes) / GB:.2f} GB are missing",
+            f"{_LESS.get(worst.name, 'draw a smaller picture')}, or raise --vram"
+            if weights_bytes <= budget_bytes
+            else f"raise --vram or use a smaller recipe: weights and driver take {weights_bytes / GB:.2f} GB there",
+        )
 
 
-def _compute_seconds(
-    checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]], rates: Rates
-) -> dict[str, float]:
-    """Of every phase but denoising, its weights being there."""
-    text, pictures = checkpoint.ar.text, request.num_images_per_prompt
-    codes = sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) for h, w in sides)
-    latent_pixels = checkpoint.vae.scale_factor**2
-    read, drafted = _read_tokens(request, sides), request.draft_tokens
-    attended = Operations(bf16=2 * text.num_layers * text.num_heads * text.head_dim * read**2)
-    cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * sizes.element_bytes  # bytes a token
-    token_bytes = -(-pictures // sizes.drafted_together) * sizes.draft + pictures * (read + drafted // 2) * cached
-    source_latents = sum(h * w for h, w in sides) // latent_pixels
-    decoded = pictures * request.height * request.width // latent_pixels
+def _joined(one: Mapping[str, N], other: Mapping[str, N], how: Callable[[list[N]], N]) -> dict[str, N]:
+    """Of each phase that either has, the sum or the larger of its numbers."""
     return {
-        "encode text": 2 * rates.seconds("glyph", Operations(), sizes.glyph),
-        "encode codes": rates.seconds("denoise", sizes.vision_row * codes, sizes.vision),
-        "encode latents": rates.seconds("vae", sizes.encoded_latent * source_latents, sizes.vae_encoder),
-        "draft": rates.seconds("draft", sizes.draft_row * read + attended, sizes.draft)
-        + drafted * rates.seconds("draft", sizes.draft_row * pictures, token_bytes),
-        "decode": rates.seconds("vae", sizes.decoded_latent * decoded, sizes.vae_decoder),
+        name: how([each[name] for each in (one, other) if name in each])
+        for name in PHASES
+        if name in one or name in other
     }
-
-
-def _denoise_seconds(
-    checkpoint: Checkpoint,
-    sizes: Sizes,
-    request: GenerateRequest,
-    sides: list[tuple[int, int]],
-    mode: str,
-    rates: Rates,
-) -> float:
-    """Reading the sources, then every step of every picture. Blocks that are not there arrive beside a pass: swapped
-    ones beside the first, streamed ones beside each.
-
-    Glyph texts are left out: few tokens beside those of an image.
-    """
-    config = checkpoint.dit
-    image = _image_tokens(checkpoint, request.height, request.width)
-    sources = [_image_tokens(checkpoint, *side) for side in sides]
-
-    def one_pass(rows: int, pairs: int) -> float:
-        attended = Operations(bf16=4 * config.num_layers * config.width * pairs)
-        return rates.seconds("denoise", sizes.dit_row * rows + attended, sizes.dit_blocks)
-
-    def arriving(seconds: float) -> float:
-        return rates.streamed_seconds(seconds, sizes.dit_blocks)
-
-    seen = image * (image + sum(sources))
-    step = one_pass(2 * image, seen + image**2) if request.guided else one_pass(image, seen)
-    passes = [one_pass(tokens, tokens**2) for tokens in sources] + [step]
-    more = request.num_images_per_prompt * request.num_inference_steps - 1
-    if mode == "resident":
-        return sum(passes) + more * step
-    brought = rates.load_seconds(sizes.dit_stem + sizes.dit_adaln)
-    if mode == "streamed" and config.num_layers > STREAM_SLOTS:
-        return brought + sum(map(arriving, passes)) + more * arriving(step)
-    return brought + arriving(passes[0]) + sum(passes[1:]) + more * step
-
-
-def _prompt_tokens(request: GenerateRequest) -> int:
-    """At most so many tokens, without a tokenizer."""
-    return len(request.prompt.encode()) + _SCAFFOLD_TOKENS if request.prompt else _UNKNOWN_PROMPT_TOKENS
-
-
-def _glyph_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
-    heads = checkpoint.glyph.num_heads
-    return min(_prompt_tokens(request), _GLYPH_TOKENS) ** 2 * heads * (4 + 3 * sizes.element_bytes)
-
-
-def _vision_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:
-    tokens = (height // SIZE_MULTIPLE) * (width // SIZE_MULTIPLE)
-    distances = 3 * tokens * checkpoint.ar.vq.codebook_size * 4
-    table = 2 * checkpoint.ar.vq.codebook_size * checkpoint.ar.vq.embed_dim * 4
-    return tokens * checkpoint.ar.vision.hidden_size * _VISION_WIDTHS * sizes.element_bytes + distances + table
-
-
-def _read_tokens(request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
-    """At most so many tokens come before the first drafted one."""
-    return _prompt_tokens(request) + sum((h // SIZE_MULTIPLE) * (w // SIZE_MULTIPLE) + 2 for h, w in sides)
-
-
-def _cache_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
-    text = checkpoint.ar.text
-    together = min(request.num_images_per_prompt, sizes.drafted_together)  # each has keys and values of its own
-    capacity = together * cache_capacity(_read_tokens(request, sides) + request.draft_tokens)
-    return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * sizes.element_bytes
-
-
-def _draft_working(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
-    text = checkpoint.ar.text
-    prompt = _read_tokens(request, sides)
-    cache = _cache_bytes(checkpoint, sizes, request, sides)
-    prefill = prompt * (6 * text.hidden_size + 6 * text.intermediate_size) * sizes.element_bytes
-    scores = text.num_heads * prompt * cache_capacity(prompt) * sizes.element_bytes
-    return cache + prefill + scores + sizes.dequantized_bytes
-
-
-def _denoise_working(
-    checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]
-) -> int:
-    config = checkpoint.dit
-    row = config.width * sizes.element_bytes
-    sequence = _sequence(checkpoint, request, _prompt_tokens(request))
-    sources = sum(_image_tokens(checkpoint, *side) for side in sides)
-    condition = 2 * config.num_layers * sources  # rows of keys and values
-    joined = 2 * (sources + sequence) if sides else 0  # those of a block with its own
-    priors = request.num_images_per_prompt * _image_tokens(checkpoint, request.height, request.width)  # each its own
-    tables = _table_bytes(checkpoint, sizes, request, sides)
-    return (sequence * _DENOISE_WIDTHS + condition + joined + priors) * row + tables + sizes.dequantized_bytes
-
-
-def _image_tokens(checkpoint: Checkpoint, height: int, width: int) -> int:
-    cell = checkpoint.dit.patch_size * checkpoint.vae.scale_factor
-    return (height // cell) * (width // cell)
-
-
-def _sequence(checkpoint: Checkpoint, request: GenerateRequest, text_tokens: int) -> int:
-    """Rows of the packed sequence, with so many tokens of text in each pass."""
-    passes = 2 if request.guided else 1
-    return passes * (_image_tokens(checkpoint, request.height, request.width) + text_tokens)
-
-
-def _table_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest, sides: list[tuple[int, int]]) -> int:
-    """The modulation of every block and step."""
-    config = checkpoint.dit
-    steps = request.num_inference_steps + len(sides)
-    return config.num_layers * steps * CHUNKS * config.width * sizes.element_bytes
-
-
-def _captured_bytes(checkpoint: Checkpoint, sizes: Sizes, request: GenerateRequest) -> int:
-    """What a captured step works in, of this request or of one like it without sources."""
-    least, most = (_sequence(checkpoint, request, text_tokens) for text_tokens in (0, _prompt_tokens(request)))
-    rows = min(most, MAX_CAPTURED_ROWS) if least < MAX_CAPTURED_ROWS else 0
-    return rows * _DENOISE_WIDTHS * checkpoint.dit.width * sizes.element_bytes
-
-
-def _vae_working(checkpoint: Checkpoint, sizes: Sizes, height: int, width: int) -> int:
-    return vae.working_bytes(checkpoint.vae, height, width, sizes.element_bytes)

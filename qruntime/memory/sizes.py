@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.reader import Checkpoint, Component
 from ..models.spec import BlockSpec, LinearSpec, TensorSpec, block_layout
+from ..ops.pieces import pieces
 from ..quant.scheme import DTYPE_BYTES
 from .blocks import STREAM_SLOTS
 
@@ -30,9 +31,18 @@ class Operations:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What a quantised product of many rows writes out at a time: bytes of weights, columns of its result."""
+
+    nbytes: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes that each part's weights take on the device, in the dtype that is computed in; and the operations of the
-    products of a row (a token) or of the convolutions of a latent."""
+    products of a row (a token) or of the convolutions of a latent. `draft_piece` is of the drafting model's widest
+    product, `dit_matrix` the transformer's largest matrix written out."""
 
     glyph: int
     vision: int
@@ -45,8 +55,8 @@ class Sizes:
     dit_adaln: int
     adaln_slot: int
     element_bytes: int
-    dequantized_bytes: int
-    drafted_together: int
+    draft_piece: Piece
+    dit_matrix: int
     vision_row: Operations
     draft_row: Operations
     dit_row: Operations
@@ -65,9 +75,8 @@ class Sizes:
         return encoders + self.draft + self.dit_held + self.dit_blocks + self.vae_decoder
 
     @staticmethod
-    def of(checkpoint: Checkpoint, dtype_name: str, drafted_together: int) -> Sizes:
-        """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32") and up to so many
-        pictures are drafted together."""
+    def of(checkpoint: Checkpoint, dtype_name: str) -> Sizes:
+        """Sizes of a checkpoint's parts when plain tensors are held as `dtype_name` ("BF16" or "F32")."""
 
         def nbytes(component: str, *kinds: str) -> list[int]:
             found = checkpoint.components[component]
@@ -81,8 +90,7 @@ class Sizes:
         text = checkpoint.ar.text
         codes = checkpoint.ar.vq.codebook_size * text.hidden_size * element
         blocks, adaln = nbytes(DIT, "block"), nbytes(DIT, "adaln")
-        width = checkpoint.dit.width
-        largest = max(4 * width * width, 2 * text.intermediate_size * text.hidden_size)
+        widest = pieces(text.intermediate_size, 2 * text.hidden_size)[0].stop
         latent_pixels = checkpoint.vae.scale_factor**2
         vae = checkpoint.components[VAE].specs
         return Sizes(
@@ -97,8 +105,8 @@ class Sizes:
             dit_adaln=sum(adaln),
             adaln_slot=max(adaln),
             element_bytes=element,
-            dequantized_bytes=largest * element,
-            drafted_together=drafted_together,
+            draft_piece=Piece(2 * widest * text.hidden_size * element, 2 * widest),
+            dit_matrix=4 * checkpoint.dit.width**2 * element,
             vision_row=row(AR, "vision.block"),
             draft_row=row(AR, "layer", "head"),
             dit_row=row(DIT, "block"),

@@ -16,9 +16,9 @@ once a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -195,12 +195,12 @@ class DitBlock:
         packing: Packing,
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
-        condition: tuple[Tensor, Tensor] | None,
+        condition: Tensor | None,
     ) -> None:
         """Take the packed sequence `tokens` [S, width] one block on, in place.
 
-        `modulation` [6, 2, width] holds (image, text) rows; `rope` are the tables of one image; `condition` is a pair
-        of keys and values [heads, C, head_dim] of the source pictures, seen by the conditional pass alone.
+        `modulation` [6, 2, width] holds (image, text) rows; `rope` are the tables of one image; `condition` holds keys
+        and values [2, heads, C, head_dim] of the source pictures, seen by the conditional pass alone.
         """
         self.attend(tokens, packing, modulation, rope, condition)
         self.transform(tokens, packing, modulation)
@@ -211,7 +211,7 @@ class DitBlock:
         packing: Packing,
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
-        condition: tuple[Tensor, Tensor] | None,
+        condition: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The attention half: returns this block's own keys and values [heads, S, head_dim]."""
         shift, scale, gate = modulation[:_PER_HALF]
@@ -232,9 +232,7 @@ class DitBlock:
         self._mlp_out.add_gated(tokens, self._mlp_out.rows_of(hidden), gate, images)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, condition: tuple[Tensor, Tensor] | None
-) -> list[Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, packing: Packing, condition: Tensor | None) -> list[Tensor]:
     """Attention of each pass over itself, the conditional one over the source pictures too: [rows, width] each."""
     attended = []
     for index, part in enumerate(packing.passes):
@@ -246,10 +244,23 @@ def _attend(
     return attended
 
 
-def adaln_table(adaln: Iterable[Weights], time_embedding: Tensor) -> Tensor:
+class AdalnBlocks(Protocol):
+    """The AdaLN weights of all blocks, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Weights]: ...
+
+
+def adaln_table(adaln: AdalnBlocks, time_embedding: Tensor) -> Tensor:
     """Each block's modulation at each of B time embeddings [B, time_embed_dim]: [blocks, B, 6, 2, width]."""
-    rows = [weights.linear("linear")(time_embedding) for weights in adaln]
-    return torch.stack(rows).unflatten(-1, (CHUNKS // 2, 2, -1))
+    table = torch.empty(0)
+    for index, weights in enumerate(adaln):
+        rows = weights.linear("linear")(time_embedding)
+        if index == 0:
+            table = rows.new_empty(len(adaln), *rows.shape)
+        table[index] = rows
+    return table.unflatten(-1, (CHUNKS // 2, 2, -1))
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,7 @@ class Conditioning:
 
     `cond_text` [T, width]; `cond_prior` [N, width]; `uncond_text` and `uncond_prior` likewise ([1, width] for the
     prior, which is the same at every position), or None without guidance; `modulation` [blocks, steps, 6, 2, width];
-    `final_modulation` [steps, 2, width]; `rope` of one image; `condition` a pair of keys and values a block, or None.
+    `final_modulation` [steps, 2, width]; `rope` of one image; `condition` from `condition_cache`, or None.
     """
 
     cond_text: Tensor
@@ -268,7 +279,7 @@ class Conditioning:
     modulation: Tensor
     final_modulation: Tensor
     rope: tuple[Tensor, Tensor]
-    condition: Sequence[tuple[Tensor, Tensor]] | None = None
+    condition: Tensor | None = None
 
     @property
     def packing(self) -> Packing:
@@ -305,7 +316,7 @@ def predict(
     _, height, width = latents.shape
     packing, tokens = given.packing, _packed(stem.image(latents), given)
     for index, block in enumerate(blocks):
-        condition = given.condition[index] if given.condition is not None else None
+        condition = None if given.condition is None else given.condition[index]
         block(tokens, packing, given.modulation[index, step], given.rope, condition)
     images = tokens[packing.image_rows].split(packing.image)
     velocities = [stem.velocity(image, given.final_modulation[step], height, width) for image in images]
@@ -343,23 +354,30 @@ class CapturedPredict:
         return self._found
 
 
-def condition_keys_values(
+def condition_cache(config: DitConfig, tokens: int, like: Tensor) -> Tensor:
+    """Room for the keys and values of all source pictures, in `like`'s dtype and on its device:
+    [blocks, 2, heads, tokens, head_dim]."""
+    return like.new_empty(config.num_layers, 2, config.num_heads, tokens, config.head_dim)
+
+
+def read_source(
     stem: Stem,
     blocks: Iterable[DitBlock],
     latents: Tensor,
     prior: Tensor,
     modulation: Tensor,
     rope: tuple[Tensor, Tensor],
-) -> list[tuple[Tensor, Tensor]]:
-    """A source picture, latents [C, H, W], once through the model without text: its keys and values a block.
+    into: Tensor,
+) -> None:
+    """A source picture, latents [C, H, W], once through the model without text; its keys and values go into its tokens
+    of a `condition_cache`.
 
     `prior` [N, width] are its projected codes, `modulation` [blocks, 6, 2, width] is at timestep 0 and its own size.
     """
     tokens = stem.image(latents) + prior
     packing = Packing(0, tokens.shape[0], None)
-    found = []
     for index, block in enumerate(blocks):
         keys, values = block.attend(tokens, packing, modulation[index], rope, None)
+        into[index, 0], into[index, 1] = keys, values
+        del keys, values  # views of what queries, keys and values lie in together
         block.transform(tokens, packing, modulation[index])
-        found.append((keys.contiguous(), values.contiguous()))  # out of the queries' company
-    return found

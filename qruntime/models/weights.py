@@ -50,6 +50,12 @@ class Weights:
     def needs_packing(self) -> bool:
         return any(linear.needs_packing for linear in self._linears.values())
 
+    def pack(self) -> None:
+        """Bring a slot that was filled as the file has it into the form that its products want."""
+        for linear in self._linears.values():
+            if linear.needs_packing:
+                linear.pack()
+
     def _view(self, offset: int, nbytes: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
         return self.buffer[offset : offset + nbytes].view(TORCH_DTYPES[dtype]).view(shape)
 

@@ -141,10 +141,12 @@ def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
 
 
 def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
-    """As `triton_few_rows.gated_int4`."""
-    from . import triton_few_rows
+    """As `triton_int4.gated_int4`, of any number of rows."""
+    from . import triton_few_rows, triton_int4
 
-    return triton_few_rows.gated_int4(x.contiguous(), q, scale_zero)
+    if is_few_rows(x):
+        return triton_few_rows.gated_int4(x.contiguous(), q, scale_zero)
+    return triton_int4.gated_int4(x, q, scale_zero)
 
 
 def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from . import reference
 from .backend import uses_triton
 
 STORED, TRITON = "stored", "triton"
+SHUFFLED = ("tinygemm", "avx512")  # forms in which levels lie elsewhere than in the file
 TRITON_COLUMNS = 128  # K is a multiple of it, so that groups come in pairs
 METAL_MAX_ROWS = 4
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -56,7 +57,7 @@ def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale
     """Write stored parts in the form `kind`.
 
     q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2] (or what takes
-    as many bytes). The outputs must not overlap the inputs.
+    as many bytes). Outputs must not overlap inputs, but for q itself where the form does not shuffle it.
     """
     if kind == TRITON:
         n, groups = scale.shape
@@ -79,9 +80,9 @@ def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale
 def linear(kind: str, x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed int4 matrix packed as `kind`, plus bias: [..., N] in x's dtype."""
     if kind == TRITON:
-        from .triton_int4 import dequantize_int4
+        from .triton_int4 import linear_int4
 
-        return F.linear(x, dequantize_int4(q, scale_zero), bias)
+        return linear_int4(x, q, scale_zero, bias)
     groups, n, _ = scale_zero.shape
     k = x.shape[-1]
     rows = x.reshape(-1, k).contiguous()  # what all three products ask for

@@ -174,20 +174,21 @@ def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: T
 
 
 @triton.jit
-def _silu_product_kernel(gate_up_ptr, out_ptr, N, BLOCK: tl.constexpr):
+def _silu_product_kernel(gate_up_ptr, out_ptr, N, out_stride, BLOCK: tl.constexpr):
     m, n = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     gate = tl.load(gate_up_ptr + 2 * m * N + n, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + 2 * m * N + N + n, mask=inside, other=0.0).to(tl.float32)
     out = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32) * up
-    tl.store(out_ptr + m * N + n, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + m * out_stride + n, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def silu_product(gate_up: Tensor) -> Tensor:
-    """See `reference.silu_product`."""
+def silu_product(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """See `reference.silu_product`; `out` [M, N] may be some columns of a wider tensor."""
     m, n = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(m, n, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_product_kernel[triton.cdiv(n, 1024), m](gate_up, out, n, BLOCK=1024, num_warps=4)
+    if out is None:
+        out = torch.empty(m, n, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_product_kernel[triton.cdiv(n, 1024), m](gate_up, out, n, out.stride(0), BLOCK=1024, num_warps=4)
     return out
 
 

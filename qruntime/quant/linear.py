@@ -1,7 +1,7 @@
 """The matrix product of a block, whatever its weights are stored as.
 
-A `Linear` owns views into a slot, never memory. `pack_from` is called when the slot's bytes were replaced: it brings
-int4 weights into the form that the device's product wants, from a staging copy of the same layout.
+A `Linear` owns views into a slot, never memory. `pack` is called when the slot's bytes were replaced: it brings int4
+weights into the form that the device's product wants.
 """
 
 from __future__ import annotations
@@ -48,16 +48,11 @@ class Linear:
         n, groups = scale.shape
         return scale.as_strided((groups, n, 2), (2 * n, 2, 1))
 
-    def pack_from(self, stored: Linear) -> None:
-        """Fill this packed product from one over a staging copy of the stored bytes."""
-        torch_int4.pack(
-            self.form,
-            stored.parts[".q"],
-            stored.parts[".scale"],
-            stored.parts[".zero"],
-            self.parts[".q"],
-            self._scale_zero,
-        )
+    def pack(self) -> None:
+        """Rewrite the stored bytes, in place, as the product wants them. Once: packed bytes look like stored ones."""
+        q, scale, zero = self.parts[".q"], self.parts[".scale"].clone(), self.parts[".zero"].clone()
+        stored = q.clone() if self.form in torch_int4.SHUFFLED else q
+        torch_int4.pack(self.form, stored, scale, zero, q, self._scale_zero)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -85,7 +80,7 @@ class Linear:
 
     def gated(self, x: Tensor) -> Tensor:
         """x [M, K] -> silu(first half of the product) * second half, [M, N / 2]. There must be no bias."""
-        if self.form == torch_int4.TRITON and ops.is_few_rows(x):
+        if self.form == torch_int4.TRITON:
             return ops.gated_int4(x, self.parts[".q"], self._scale_zero)
         return ops.silu_product(self._product(x, None))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import torch
 from PIL import Image
 
 from benchmarks import fidelity
+from benchmarks.demo_model import world
+from benchmarks.painters import Drawn
 
 
 def picture(seed: int) -> np.ndarray:
@@ -65,3 +69,69 @@ def test_a_run(official: Callable[..., Path], tmp_path: Path, capsys: pytest.Cap
     assert fidelity.main(given) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == first
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.safetensors")}
+
+
+def test_judging(tmp_path: Path) -> None:
+    """True pictures are right, each held against its own case; answers and verdicts come back from their files."""
+    cases, edits = [world.case(seed, world.TUNED) for seed in range(5)], [world.edit_case(0, world.TUNED)]
+    drawn = [Drawn(np.arange(256), np.full((16, 32, 32), 0.5, np.float32), np.asarray(case.picture)) for case in cases]
+    answers = [fidelity.Answer(drawn[0], drawn[0]), *(fidelity.Answer(None, each) for each in drawn[1:])]
+    pictures = [np.asarray(edit.target_picture) for edit in edits]
+    found = fidelity.Found(answers, pictures, [(0.1, 0.9, 2.0)], 1.5, {"machine": {"cpu": "one"}, "devices": ["cpu"]})
+    assert not found.is_judged
+    judged = fidelity.judge_arm(found, world.TUNED, workers=1)
+    assert [verdict.right for verdict in (*judged.verdicts, *judged.edit_verdicts)] == [True] * 6
+
+    path = tmp_path / "arm.safetensors"
+    for each in (found, judged):
+        each.save(path)
+        again = fidelity.Found.load(path)
+        assert again.is_judged == each.is_judged
+        np.testing.assert_equal(asdict(again), asdict(each))
+
+    elsewhere = replace(judged, drawn_on={"machine": {"cpu": "other"}, "devices": ["cpu"]})
+    assert fidelity.summary(elsewhere, judged)["drawn_on"] == elsewhere.drawn_on
+    assert "drawn_on" not in fidelity.summary(judged, judged)
+
+
+def test_drawn_first_and_judged_later(
+    official: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing alone does without OCR, and a later run elsewhere makes of it what one run makes."""
+
+    def run(work: str, *more: str) -> None:
+        given = [str(official("base")), str(tmp_path / work), "--arms", "balanced", "--workers", "1", "--cases", "2"]
+        given += ["--matched", "1", "--edits", "1", "--drafts", "1", "--steps", "1", "--dtype", "float32"]
+        assert fidelity.main([*given, "--out", str(tmp_path / f"{work}.json"), *more]) == 0
+
+    def results(work: str) -> Any:
+        """All but the times."""
+        found = json.loads((tmp_path / f"{work}.json").read_text())
+        return found | {"arms": {arm: row | {"seconds": None} for arm, row in found["arms"].items()}}
+
+    def arrays(work: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / work).glob("*.safetensors")}
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError("this was there already")
+
+    monkeypatch.setattr(fidelity, "machine", lambda *given: {"cpu": "one"})
+    run("whole")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "onnxruntime.py").write_text("raise ImportError('no OCR here')")
+    with monkeypatch.context() as bare:
+        bare.syspath_prepend(tmp_path / "bare")  # the processes that are started inherit it
+        run("apart", "--draw")
+        assert arrays("apart") == arrays("whole")
+        assert not (tmp_path / "apart.json").exists()
+        monkeypatch.setattr(fidelity, "draw_arm", refuse)
+        with pytest.raises(ImportError, match="no OCR here"):
+            run("apart")
+
+    monkeypatch.setattr(fidelity, "machine", lambda *given: {"cpu": "other"})
+    run("apart", "--devices", "cuda:7")
+    assert results("apart") == results("whole")
+    assert results("apart")["machine"] == {"cpu": "one"}
+    monkeypatch.setattr(fidelity, "judge_arm", refuse)
+    run("apart")
+    assert results("apart") == results("whole")

@@ -5,6 +5,7 @@ Parts are driven as the pipeline drives them, one level below it, so that a diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -213,20 +214,18 @@ class Runtime:
             rope=dit.rope_tables(config, rows, columns, CPU),
         )
 
-    def condition(self, conditions: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values a block, of all source pictures one after the other."""
+    def condition(self, conditions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Keys and values of all source pictures one after the other."""
         parts, config = self.parts, self.checkpoint.dit
         stem = parts.dit_stem.single()
-        found = []
-        for latents, ids in conditions:
+        sizes = [math.prod(self._grid(latents)) for latents, _ in conditions]
+        cache = dit.condition_cache(config, sum(sizes), torch.empty(0, dtype=parts.dtype))
+        for (latents, ids), into in zip(conditions, cache.split(sizes, dim=3), strict=True):
             table = dit.adaln_table(parts.dit_adaln, self._time_embedding(latents, 0, None))
             rope = dit.rope_tables(config, *self._grid(latents), CPU)
             prior = stem.prior(parts.embed_prior(ids[0]))
-            found.append(dit.condition_keys_values(stem, parts.dit_blocks, latents[0], prior, table[:, 0], rope))
-        return [
-            (torch.cat([keys for keys, _ in block], dim=1), torch.cat([values for _, values in block], dim=1))
-            for block in zip(*found, strict=True)
-        ]
+            dit.read_source(stem, parts.dit_blocks, latents[0], prior, table[:, 0], rope, into)
+        return cache
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         patch = self.checkpoint.dit.patch_size

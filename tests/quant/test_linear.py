@@ -153,10 +153,7 @@ def test_fused_members_are_separate_products(scheme: Scheme, dtype: torch.dtype,
 def packed_copy(spec: BlockSpec, stored: Weights, dtype: torch.dtype) -> Weights:
     """What a loader does with a block that its device wants packed."""
     target = Weights(spec, stored.layout, stored.buffer.clone(), dtype)
-    staging = Weights(spec, stored.layout, stored.buffer, torch.float32)
-    for key, linear in target.linears.items():
-        if linear.needs_packing:
-            linear.pack_from(staging.linear(key))
+    target.pack()
     return target
 
 
