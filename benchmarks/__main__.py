@@ -23,7 +23,7 @@ from typing import Any
 from qruntime.errors import InputError, QruntimeError
 
 from . import compare, resultfile
-from .arms import ARMS, OURS, RECIPES
+from .arms import ARMS, OUR_ARMS, OURS, RECIPES
 from .cases import COMPONENTS, CONVERT, KERNELS, STEPS, SUITES, TEXT, Case, build, shortened
 from .measure import evict, git_commit
 from .models import FULL, TINY, Models
@@ -46,7 +46,7 @@ class Entry:
     @property
     def slow(self) -> bool:
         """Whether whole pictures are drawn only where they are asked for, and once."""
-        return self.arm != OURS
+        return self.arm not in OUR_ARMS
 
     def __str__(self) -> str:
         budget = "" if self.budget_gb is None else f" within {self.budget_gb:g} GB"
@@ -71,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure, and write or extend a results file")
     run.add_argument("--suite", nargs="+", default=["quick"], help=f"some of {', '.join(SUITES)} (quick)")
     run.add_argument("--arms", nargs="+", choices=ARMS, default=["reference", OURS], help="(reference qruntime)")
-    run.add_argument("--recipes", nargs="+", default=["balanced"], help="of qruntime (balanced)")
-    run.add_argument("--budgets", nargs="+", default=["auto"], metavar="GB", help="of qruntime (auto)")
+    run.add_argument("--recipes", nargs="+", default=["balanced"], help="of our arms (balanced)")
+    run.add_argument("--budgets", nargs="+", default=["auto"], metavar="GB", help="of our arms (auto)")
     run.add_argument("--sizes", nargs="+", default=[], metavar="WxH", help="in place of each case's usual ones")
     run.add_argument("--steps", type=int, help=f"denoising steps ({STEPS}; {TINY_STEPS} for tiny)")
     run.add_argument("--whole", nargs="*", default=[], metavar="WxH", help="where slow arms draw whole pictures")
-    run.add_argument("--rounds", type=int, default=3, help="times that qruntime is measured (%(default)s)")
+    run.add_argument("--rounds", type=int, default=3, help="times that our arms are measured (%(default)s)")
     run.add_argument("--model", help="tiny or full (random weights), or a folder (full with a GPU, else tiny)")
     run.add_argument("--work", type=Path, default=Path("build/bench"), help="where models are made (%(default)s)")
     run.add_argument("--timeout", type=float, default=1800, metavar="S", help="for one case (%(default)s)")
@@ -141,8 +141,8 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     entries = [
         Entry(arm, recipe, budget)
         for arm in args.arms
-        for recipe in (args.recipes if arm == OURS else [RECIPES[arm]])
-        for budget in (map(_budget, args.budgets) if arm == OURS else [None])
+        for recipe in (args.recipes if arm in OUR_ARMS else [RECIPES[arm]])
+        for budget in (map(_budget, args.budgets) if arm in OUR_ARMS else [None])
     ]
     suite = _Suite(args, Models(model, args.work, _say), args.commit or git_commit())
     fresh = not args.out.exists()
@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         for entry in entries:
             if number and entry.slow:
                 continue
-            first = entry == next(e for e in entries if (e.arm, e.recipe) == (entry.arm, entry.recipe))
+            first = entry == next(e for e in entries if (e.slow, e.recipe) == (entry.slow, entry.recipe))
             suited = _cases_for(entry, first, cases, args.whole)
             suite.measure(entry, [case for case in suited if case.kind != CONVERT], number)
             if not number:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from .arms import OURS
 from .resultfile import Row
 from .tables import (
     EXTRAPOLATED,
@@ -28,7 +29,7 @@ _SCHEME_COLOURS, _PLAIN_COLOUR = {"int4": "#2f6f9f", "int8": "#e08e45"}, "#b4bcc
 _GB = 1e9
 _DPI = 144
 _WIDE = 8  # times as long as another, from which on times are drawn on a logarithmic axis
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,11 +51,12 @@ def charts(results: Results) -> dict[str, tuple[str, bytes]]:
     makers = {
         "stages": ("Seconds of a picture by stage; the mark is the floor", _stages_chart),
         "memory": ("Memory over one picture", _memory_chart),
+        "budgets": ("Memory over one picture within budgets (dotted)", _budgets_chart),
         "floor": ("How many times its floor each component takes", _floor_chart),
         "kernels": ("Products, stored quantised: share of what memory or arithmetic allows", _kernels_chart),
     }
     found = {}
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         for name, (caption, make) in makers.items():
             figure = make(plt, results)
             if figure is not None:
@@ -72,7 +74,8 @@ def _plain(text: str) -> str:
 def _stages_chart(plt: Any, results: Results) -> Any:
     """A panel a case, each with seconds of its own: a small picture beside a large one would not be seen. Cases that
     one arm alone has drawn are left to the table, where others can be compared."""
-    cases = [list(rows) for _, rows in groupby(picture_rows([results]), key=picture_name)]
+    free = [row for row in picture_rows([results]) if not row["budget_gb"]]
+    cases = [list(rows) for _, rows in groupby(free, key=picture_name)]
     cases = [rows for rows in cases if len(rows) > 1] or cases
     if not cases:
         return None
@@ -112,8 +115,17 @@ def _stages_panel(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _memory_chart(plt: Any, results: Results) -> Any:
-    """The pictures of the case that most arms drew."""
-    rows = [row for row in picture_rows([results]) if row.get("trace")]
+    """The pictures of the case that most arms drew, without budgets."""
+    return _traces_chart(plt, [row for row in picture_rows([results]) if not row["budget_gb"]])
+
+
+def _budgets_chart(plt: Any, results: Results) -> Any:
+    """The pictures of the case that was drawn within most budgets, by our arm."""
+    return _traces_chart(plt, [row for row in picture_rows([results]) if row["budget_gb"] and row["arm"] == OURS])
+
+
+def _traces_chart(plt: Any, rows: Sequence[Row]) -> Any:
+    rows = [row for row in rows if row.get("trace")]
     if not rows:
         return None
     case = main_case(rows)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qruntime.errors import InputError
 
+from .cases import STEPS
 from .resultfile import TIMES, Row, chip, key
 
 THRESHOLD = 0.1
@@ -76,4 +77,5 @@ def _sentence(row: Row, metric: str, before: float, after: float) -> str:
 
 def _name(row: Row) -> str:
     budget = f", {row['budget_gb']:g} GB" if row.get("budget_gb") else ""
-    return f"{row['case']} [{row['arm']} {row.get('recipe')}{budget}]"
+    steps = f", {row['steps']} steps" if row.get("steps") not in (None, STEPS) else ""
+    return f"{row['case']} [{row['arm']} {row.get('recipe')}{budget}{steps}]"

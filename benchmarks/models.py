@@ -16,7 +16,7 @@ from pathlib import Path
 from qruntime.checkpoint.manifest import MANIFEST, read_manifest
 from qruntime.errors import InputError
 
-from .arms import OURS
+from .arms import OUR_ARMS
 from .synthetic import write_configs
 
 TINY, FULL = "tiny", "full"
@@ -39,7 +39,7 @@ class Models:
 
         Raises `InputError` where there is no such folder, nor a way to make it.
         """
-        if arm == OURS:
+        if arm in OUR_ARMS:
             return self._converted(recipe)
         if not self.random:
             if (Path(self.name) / MANIFEST).exists():

@@ -22,6 +22,7 @@ from .tables import (
     Table,
     arm_name,
     budgets,
+    cards,
     components,
     failures,
     gigabytes,
@@ -101,7 +102,7 @@ def readme_section(files: Mapping[str, Results], charts_in: str) -> str:
     for name, results in files.items():
         if len({arm_name(row) for row in picture_rows([results])}) > 1:
             parts.append(f"![Seconds of a picture by stage]({charts_in}/{name}-stages.png)")
-        for table in (budgets(results), published.table(results)):
+        for table in (cards(results), budgets(results), published.table(results)):
             if table.rows:
                 parts += [f"### {table.title}", table.section()]
     return "\n\n".join(parts)

@@ -36,6 +36,18 @@ _AR, _DIT, _VAE, _GLYPH = "vision_language_encoder", "transformer", "vae", "text
 _ELEMENT_BYTES = 2  # of keys and values
 _BATCHES = (4, 8)  # rows of drafts of several pictures at once
 
+# What comes for a phase whose weights do not stay: of which component, and which kinds of its blocks. The transformer's
+# own blocks are counted beside its steps.
+_WEIGHTS = {
+    "encode text": (_GLYPH, ("encoder",)),
+    "encode codes": (_AR, ("vision.stem", "vision.block", "vq")),
+    "encode latents": (_VAE, ("encoder",)),
+    "draft": (_AR, ("layer", "head")),
+    "denoise": (_DIT, ("stem",)),
+    "decode": (_VAE, ("decoder",)),
+}
+_OF_SOURCES = ("encode codes", "encode latents")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -75,6 +87,15 @@ def floor_seconds(work: Iterable[Mapping[str, int]], ceilings: Mapping[str, floa
             return None
         total += each["times"] * max(memory, bus, arithmetic)
     return total
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What stays on the device between requests: the weights of the phases in `kept`; and how many of the transformer's
+    blocks do not even stay between steps. AdaLN weights come for every request."""
+
+    kept: frozenset[str]
+    streamed_blocks: int
 
 
 @dataclass(frozen=True)
@@ -217,35 +238,30 @@ class Roofline:
 
     # A whole request
 
-    def stages(self, extent: Extent, plan: str | None) -> dict[str, list[Work]]:
-        """The work of each stage of a request. `plan` says what comes from the host: under "swapped" and "streamed"
-        each stage's weights, under "streamed" the transformer's blocks at every step. None: all is on the device."""
+    def stages(self, extent: Extent, placement: Placement | None) -> dict[str, list[Work]]:
+        """The work of each stage of a request. `placement` says what comes from the host: once the weights of each
+        phase that is not kept, the transformer's blocks beside the first step; beside every step those that are
+        streamed. None: all is on the device."""
         encode = [self.glyphs(extent.cond_text), self.glyphs(extent.uncond_text)]
         for _ in range(extent.sources):
             encode += [self.vision(extent.image // 4), self.vae("encoder", extent.latents)]
         tokens = self.token(extent.prompt + extent.drafted // 2, extent.pictures)
         tokens = replace(tokens, times=extent.drafted - 1)
-        step = replace(self.dit_step(extent), times=extent.steps)
-        setup = self.dit_setup(extent)
+        setup, step = self.dit_setup(extent), self.dit_step(extent)
         decode = replace(self.vae("decoder", extent.latents), times=extent.pictures)
-        stages = {"encode": encode, "draft": [self.prefill(extent.prompt), tokens], "denoise": [setup], "decode": []}
-        if plan is not None:
-            stages["denoise"] = [replace(setup, host_bytes=self._component_bytes(_DIT, "adaln"))]
-        if plan in ("swapped", "streamed"):
-            used = [self._component_bytes(_GLYPH, "encoder")]
-            if extent.sources:
-                used.append(self._component_bytes(_AR, "vision.stem", "vision.block", "vq"))
-                used.append(self._component_bytes(_VAE, "encoder"))
-            stages["encode"].append(Work(1, host_bytes=sum(used)))
-            stages["draft"].append(Work(1, host_bytes=self._component_bytes(_AR, "layer", "head")))
-            stages["decode"].append(Work(1, host_bytes=self._component_bytes(_VAE, "decoder")))
+        stages = {"encode": encode, "draft": [self.prefill(extent.prompt), tokens], "denoise": [], "decode": [decode]}
+        once = again = 0
+        if placement is not None:
+            setup = replace(setup, host_bytes=self._component_bytes(_DIT, "adaln"))
             blocks = self._component_bytes(_DIT, "block")
-            if plan == "streamed":
-                step = replace(step, host_bytes=blocks)
-            else:
-                stages["denoise"].append(Work(1, host_bytes=blocks))
-        stages["denoise"].append(step)
-        stages["decode"].append(decode)
+            again = blocks * placement.streamed_blocks // self._dit.num_layers
+            once = 0 if "denoise" in placement.kept else blocks - again
+            for phase, (component, kinds) in _WEIGHTS.items():
+                if phase not in placement.kept and (extent.sources or phase not in _OF_SOURCES):
+                    came = Work(1, host_bytes=self._component_bytes(component, *kinds))
+                    stages[phase.partition(" ")[0]].append(came)
+        first = replace(step, host_bytes=once + again)
+        stages["denoise"] += [setup, first, replace(step, times=extent.steps - 1, host_bytes=again)]
         return stages
 
     def products(self, extent: Extent) -> list[Product]:

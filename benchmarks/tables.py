@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .arms import ARMS
+from qruntime.memory.estimates import PHASES
+
+from .arms import ARMS, OUR_ARMS, OURS, OURS_RING
 from .cases import STEPS
-from .resultfile import Row
+from .resultfile import Row, chip
 
 STAGES = ("encode", "draft", "denoise", "decode")
 COMPONENTS = ("prefill", "AR token", "DiT step", "VAE decode")
@@ -85,10 +87,11 @@ def picture_rows(results: Iterable[Results]) -> list[Row]:
     return sorted(rows, key=_place)
 
 
-def _place(row: Row) -> tuple[bool, int, str, int, str, float]:
+def _place(row: Row) -> tuple[bool, int, str, int, str, float, int]:
     case = row["case"]
     plain = case == TEXT_TO_IMAGE + size_of(row)
-    return not plain, area(row), case, _ARMS.index(row["arm"]), row["recipe"], -(row["budget_gb"] or float("inf"))
+    budget = row["budget_gb"] or float("inf")
+    return not plain, area(row), case, _ARMS.index(row["arm"]), row["recipe"], -budget, -row["steps"]
 
 
 def size_of(row: Row) -> str:
@@ -130,6 +133,16 @@ def arm_name(row: Row) -> str:
     budget = f", {row['budget_gb']:g} GB" if row["budget_gb"] else ""
     recipe = f" `{row['recipe']}`" if row["recipe"] and not row["arm"].startswith("reference") else ""
     return f"{row['arm']}{recipe}{budget}"
+
+
+def _without_budget(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    """Our rows without a budget, by what those within budgets share with them."""
+    return {_alike(row): row for row in rows if row["arm"] == OURS and not row["budget_gb"]}
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    """What a picture within a budget shares with the one without."""
+    return row["case"], row["recipe"], row["steps"]
 
 
 # Tables
@@ -182,27 +195,58 @@ def summary(results: Iterable[Results]) -> Table:
 def budgets(results: Results) -> Table:
     """What was drawn within budgets and without, and whether it is the same."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in picture_rows([results]):
-        groups.setdefault(tuple(row[name] for name in ("case", "arm", "recipe", "steps")), []).append(row)
+    for row in picture_rows([results]):  # those without a budget first
+        if row["arm"] in OUR_ARMS:
+            groups.setdefault(_alike(row), []).append(row)
     rows = [row for group in groups.values() if any(row["budget_gb"] for row in group) for row in group]
+    free = _without_budget(rows)
 
     def same(row: Row) -> str:
-        free = groups[row["case"], row["arm"], row["recipe"], row["steps"]][0]
-        if free["budget_gb"] or free is row:
+        other = free.get(_alike(row), row)
+        if other is row:
             return ""
-        return "yes" if free["pixels_sha256"] == row["pixels_sha256"] else "NO"
+        return "yes" if other["pixels_sha256"] == row["pixels_sha256"] else "NO"
 
     columns: dict[str, Callable[[Row], str]] = {
-        "picture": picture_name,
+        "picture": _picture_and_steps,
         "arm": arm_name,
-        "plan": lambda row: row["plan"],
+        "what stays": _what_stays,
+        "blocks streamed": _blocks_streamed,
         "seconds": lambda row: seconds(row["seconds"]),
-        "predicted": lambda row: gigabytes(row["predicted_bytes"]),
-        "tensors' peak": lambda row: gigabytes(row["peak_vram_bytes"]),
+        "times without": lambda row: _times_without(row, free),
+        "predicted": lambda row: gigabytes(row.get("predicted_bytes")),
         "process": lambda row: gigabytes(row["process_vram_bytes"]),
+        "prediction off by": _prediction_off_by,
         "same picture as without": same,
     }
-    return Table.of("Budgets", "Bringing weights from the host is part of the time.", columns, rows, 3)
+    note = "Bringing weights from the host is part of the time; times without: over the same picture without a budget."
+    if any(row["arm"] == OURS_RING for row in rows):
+        note += f" `{OURS_RING}`: on a host that has no memory left to page-lock blocks in."
+    return Table.of("Budgets", note, columns, rows, 3)
+
+
+def cards(results: Results) -> Table:
+    """What smaller cards are to expect, the smallest first: for the README."""
+    drawn = picture_rows([results])
+    free = _without_budget(drawn)
+    rows = sorted((row for row in drawn if row["arm"] == OURS and row["budget_gb"]), key=lambda row: row["budget_gb"])
+    several = len({row["recipe"] for row in rows}) > 1
+    columns: dict[str, Callable[[Row], str]] = {
+        "GPU memory allowed": lambda row: f"{row['budget_gb']:g} GB",
+        "picture": _picture_and_steps,
+        "recipe": lambda row: f"`{row['recipe']}`" if several else "",
+        "what stays": _what_stays,
+        "blocks streamed": _blocks_streamed,
+        "seconds": lambda row: seconds(row["seconds"]),
+        "times without a budget": lambda row: _times_without(row, free),
+        "process": lambda row: gigabytes(row["process_vram_bytes"]),
+        "predicted": lambda row: gigabytes(row.get("predicted_bytes")),
+    }
+    note = (
+        f"Measured on one {chip(results['machine'])} with torch's allocator capped at what is allowed, less the "
+        "driver's context. No figure comes from a real small card, whose memory, arithmetic and bus differ."
+    )
+    return Table.of("Smaller cards", note, columns, rows, 4 if several else 3)
 
 
 def components(results: Results) -> Table:
@@ -272,6 +316,38 @@ def failures(results: Results) -> Table:
 
 def picture_name(row: Row) -> str:
     return str(row["case"]).removeprefix(TEXT_TO_IMAGE)
+
+
+def _picture_and_steps(row: Row) -> str:
+    """For tables that have no column for steps, which most of their rows would leave empty."""
+    steps = _unusual_steps(row)
+    return picture_name(row) + (f", {steps} steps" if steps else "")
+
+
+def _what_stays(row: Row) -> str:
+    """The phases whose weights stay, in words."""
+    if row.get("plan") == "resident":
+        return "all"
+    kept = row.get("kept")
+    if kept is None:
+        return ""
+    return ", ".join(name for name in PHASES if name in kept) or "nothing"
+
+
+def _blocks_streamed(row: Row) -> str:
+    count = row.get("streamed_blocks")
+    return "" if count is None else str(count)
+
+
+def _times_without(row: Row, free: Mapping[tuple[Any, ...], Row]) -> str:
+    """The seconds over those of the same picture without a budget."""
+    other = free.get(_alike(row), row)
+    return "" if other is row else f"{row['seconds'] / other['seconds']:.2f}"
+
+
+def _prediction_off_by(row: Row) -> str:
+    predicted, process = row.get("predicted_bytes"), row["process_vram_bytes"]
+    return f"{100 * (predicted / process - 1):+.1f} %" if predicted and process else ""
 
 
 def all_seconds(row: Row) -> str:

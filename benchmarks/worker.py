@@ -33,7 +33,7 @@ from . import kernels
 from .arms import FLOOR_RECIPES, Arm, Inputs, Parts, Stage, component_rows, open_arm
 from .cases import COMPONENTS, CONVERT, KERNELS, TEXT, Case, prompt_of, source_pictures
 from .measure import POLL_S, MemoryWatch, Watched, ceilings, driver_used_bytes, machine, resident_bytes, stopwatch
-from .roofline import Extent, Roofline, Work, as_json
+from .roofline import Extent, Placement, Roofline, Work, as_json
 
 Row = dict[str, Any]
 
@@ -99,7 +99,7 @@ class Worker:
             "samples": {"seconds": [sum(seconds.values()) if extrapolated else wall[0]]},
             "stages": {name: stage.to_json() for name, stage in drawn.stages.items()},
             **self._memory(memory, drawn.stages.values()),
-            "work": as_json(self._roofline.stages(extent, drawn.facts.get("plan", self._loaded.plan))),
+            "work": as_json(self._roofline.stages(extent, self._placement(drawn.facts))),
             "trace": None if extrapolated else memory.trace,
             **drawn.facts,
         }
@@ -108,6 +108,12 @@ class Worker:
         yield row
         if drawn.parts is not None and case.kind == TEXT:
             yield from self._components(drawn.parts, inputs, extent, memory)
+
+    def _placement(self, facts: Row) -> Placement | None:
+        """What stayed on the device while a picture was drawn: of the arm, or as its facts say."""
+        if "kept" not in facts:
+            return self._loaded.placement
+        return Placement(frozenset(facts["kept"]), facts["streamed_blocks"])
 
     def _components(self, parts: Parts, inputs: Inputs, extent: Extent, memory: Watched) -> Iterator[Row]:
         case, roofline = inputs.case, self._roofline

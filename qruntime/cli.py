@@ -314,7 +314,10 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
             fields["chosen"] = told(chosen)
             lines[-1] += f"{chosen.mode}, {chosen.described()}"
             lines += _plan_bars(chosen, budget)
-            if faster := needs.next_faster(chosen):
+            faster = needs.next_faster(chosen)
+            if faster is None:
+                lines.append("More memory would gain less than 1 %.")
+            else:
                 fields["next"] = told(faster)
                 now, then = fields["chosen"], fields["next"]
                 lines.append(

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import fidelity, resultfile
 from benchmarks.__main__ import REPORT
 from benchmarks.report import BEGIN, END, readme_section
+from benchmarks.tables import budgets, summary
 from qruntime.cli import main
 
 from .memory.sparse import sparse_converted
@@ -29,8 +30,15 @@ def test_what_is_measured_is_what_the_results_files_make():
     files = {path.stem: resultfile.load(path) for path in RESULTS}
     section = readme_section(files, REPORT.relative_to(ROOT).as_posix())
     assert f"{BEGIN}\n\n{section}\n\n{END}" in README
-    drawn = [row for row in _rows() if row["case"] == "text-to-image 1024x1024" and row["arm"] == "qruntime"]
-    assert section.count("| 1024x1024 | qruntime ") == len(drawn) > 0
+    drawn = [
+        row
+        for row in _rows()
+        if row["case"] == "text-to-image 1024x1024" and row["arm"] == "qruntime" and not row["reason"]
+    ]
+    free = [row for row in drawn if not row["budget_gb"]]
+    assert summary(files.values()).markdown().count("| 1024x1024 | qruntime ") == len(free) > 0
+    within = "\n".join(budgets(results).markdown() for results in files.values() if budgets(results).rows)
+    assert len(re.findall(r"\| 1024x1024(?:, \d+ steps)? \| qruntime [^|]* GB \|", within)) == len(drawn) - len(free)
 
 
 def test_every_picture_of_the_readme_is_there():

@@ -1,7 +1,8 @@
 """The implementations that are compared, one module each. An arm loads a model, draws whole pictures, and times parts.
 
 `reference` is diffusers in bf16, all on the device; `reference-offload` the same under its own model offload;
-`bnb-quanto` and `sdnq` are diffusers with other people's quantisation; `qruntime` is ours.
+`bnb-quanto` and `sdnq` are diffusers with other people's quantisation; `qruntime` is ours; `qruntime-ring` is ours on a
+host that has no memory left to page-lock blocks in.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from qruntime.prompt import PromptTokenizer
 
 from ..cases import Case
 from ..measure import middle
+from ..roofline import Placement
 
-OURS = "qruntime"
+OURS, OURS_RING = "qruntime", "qruntime-ring"
+OUR_ARMS = (OURS, OURS_RING)  # which are measured per recipe and budget
 ARMS = {
     "reference": "reference",
     "reference-offload": "reference_offload",
     "bnb-quanto": "bnb_quanto",
     "sdnq": "sdnq",
     OURS: "qruntime",
+    OURS_RING: "qruntime_ring",
 }
 RECIPES = {"reference": "none", "reference-offload": "none", "bnb-quanto": "nf4 + int8", "sdnq": "uint4 + int8"}
 FLOOR_RECIPES = {"nf4 + int8": "balanced", "uint4 + int8": "balanced"}  # whose bytes and operations are as many
@@ -92,8 +96,9 @@ class Parts:
 class Arm(Protocol):
     """What `worker` drives. All times include waiting for the device."""
 
-    plan: str | None
-    """What the floor counts as coming from the host: None, or a plan's name where it is the same for every case."""
+    placement: Placement | None
+    """What stays on the device, where it is the same for every case and a drawn picture's facts do not say; None: all
+    of it."""
 
     def load(self) -> float:
         """Bring the model to where it draws from, compile what is compiled; the seconds that took. Called once."""

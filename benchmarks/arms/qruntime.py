@@ -35,7 +35,7 @@ class _Enough(Exception):
 
 
 class Ours:
-    plan = None  # the pipeline chooses one for every case
+    placement = None  # the pipeline chooses one for every case
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, budget_gb: float | None) -> None:
         self._folder = folder
@@ -59,8 +59,10 @@ class Ours:
         return max(first[0] - again[0], 0.0)
 
     def warm(self, inputs: Inputs) -> None:
+        codes = self._codes(inputs)
         self._until(inputs, _a_code)
-        self._call(inputs, num_inference_steps=2, prior_token_ids=self._codes(inputs))
+        self._call(inputs, num_inference_steps=2, prior_token_ids=codes)
+        self._until(inputs, _a_step, prior_token_ids=codes)  # what is planned and page-locked for all the steps
 
     def draw(self, inputs: Inputs) -> Drawn:
         out = self._call(inputs)
@@ -154,6 +156,10 @@ class Ours:
 
 def _a_code(progress: Progress) -> bool:
     return progress.stage == "draft" and progress.done > 0
+
+
+def _a_step(progress: Progress) -> bool:
+    return progress.stage == "denoise" and progress.done > 0
 
 
 def _stages(out: PipelineOutput) -> dict[str, Stage]:

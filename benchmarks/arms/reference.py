@@ -15,6 +15,7 @@ import torch
 
 from ..cases import BRIEF_STEPS, BRIEF_TOKENS
 from ..measure import Marks, middle, stopwatch
+from ..roofline import Placement
 from ..stock import decoder_inputs, open_stock, prepared, silence
 from . import Drawn, Inputs, Parts, Stage
 
@@ -26,7 +27,7 @@ def make(folder: Path, device: torch.device, dtype: torch.dtype, budget_gb: floa
 
 
 class Reference:
-    plan: str | None = None
+    placement: Placement | None = None
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._folder = folder

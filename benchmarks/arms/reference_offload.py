@@ -8,6 +8,7 @@ import torch
 
 from qruntime import device as devices
 
+from ..roofline import Placement
 from .reference import Reference
 
 
@@ -16,7 +17,7 @@ def make(folder: Path, device: torch.device, dtype: torch.dtype, budget_gb: floa
 
 
 class Offloaded(Reference):
-    plan = "swapped"
+    placement = Placement(frozenset(), 0)
 
     def place(self) -> None:
         if self._device.type == "cpu":

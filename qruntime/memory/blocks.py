@@ -29,6 +29,7 @@ from ..models.weights import DTYPE_NAMES, Weights
 
 Module = TypeVar("Module")
 STREAM_SLOTS = 2
+_GOLDEN = (5**0.5 - 1) / 2
 RING_BUFFERS, RING_BUFFER_BYTES = 4, 64 * 2**20
 COPY_THREADS = min(8, os.cpu_count() or 1)
 
@@ -335,11 +336,14 @@ class Blocks(Generic[Module]):
 
 
 def _spread(count: int, own: int | None) -> tuple[int, ...]:
-    """Which of so many blocks are streamed if `own` of them are not: evenly spread, so that each has time to come.
+    """Which of so many blocks are streamed if `own` of them are not: well spread, so that each has time to come, and
+    all of them among those of a smaller `own`, so that few page-locked copies change with it. Multiples of the golden
+    section, without their wholes, are both.
 
     Where two slots would hold all that are left, none.
     """
     streamed = 0 if own is None else count - own
     if streamed <= STREAM_SLOTS:
         return ()
-    return tuple(i for i in range(count) if (i + 1) * streamed // count > i * streamed // count)
+    order = sorted(range(count), key=lambda index: (index + 1) * _GOLDEN % 1)
+    return tuple(sorted(order[:streamed]))

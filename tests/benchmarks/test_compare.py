@@ -125,6 +125,26 @@ def test_rows_of_one_file_alone_are_told() -> None:
     ]
 
 
+@pytest.mark.parametrize(("name", "value"), [("budget_gb", 8.0), ("steps", 20), ("arm", "qruntime-ring")])
+def test_rows_of_other_budgets_steps_and_arms_are_other_rows(name: str, value: Any) -> None:
+    """Three times slower is nothing where it is another thing that was measured, and something where it is the same."""
+    old = measured(random.Random(0))
+    other = copy.deepcopy(old["rows"])
+    for row in other:
+        row[name] = value
+        row["seconds"] *= 3
+        row["spread"]["seconds"] = [3 * seconds for seconds in row["spread"]["seconds"]]
+    new = resultfile.merged(old, MACHINE, {}, other)
+    assert len(new["rows"]) == 2 * len(old["rows"])
+    found = compare(old, new)
+    assert (found.regressions, found.compared, len(found.skipped)) == ([], 3, 3)
+    faster = copy.deepcopy(new)
+    for row in faster["rows"][3:]:
+        row["seconds"] /= 3
+        row["spread"]["seconds"] = [seconds / 3 for seconds in row["spread"]["seconds"]]
+    assert len(compare(faster, new).regressions) == 3
+
+
 def test_results_of_two_machines_are_not_compared() -> None:
     old = measured(random.Random(0))
     other = {**old, "machine": {**MACHINE, "gpu": "another"}}

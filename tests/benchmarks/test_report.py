@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,7 +34,8 @@ def picture(case: str, draft: float, **more: Any) -> dict[str, Any]:
     seconds = {"encode": 0.25, "draft": draft, "denoise": 8.0, "decode": 0.5}
     stages = {name: {"seconds": value, "units": 1280, "peak_bytes": None} for name, value in seconds.items()}
     trace = [[0.0, 5 * GB, GB], [draft, 7 * GB, GB], [draft + 9, 6 * GB, GB]]
-    return row(case, sum(seconds.values()), steps=50, stages=stages, trace=trace, ms_per_token=draft / 1.28, **more)
+    known = {"steps": 50, "stages": stages, "trace": trace, "ms_per_token": draft / 1.28}
+    return row(case, sum(seconds.values()), **{**known, **more})
 
 
 @pytest.fixture
@@ -115,12 +117,104 @@ def test_markdown_has_as_many_cells_in_every_line(results: dict[str, Any]) -> No
 
 
 def test_budgets_are_compared_with_the_picture_without_one(results: dict[str, Any]) -> None:
+    """Also where rows lack what earlier versions did not know."""
     free, eight, six = cells(tables.budgets(results))
-    assert (free["plan"], free["same picture as without"]) == ("resident", "")
-    assert (eight["plan"], eight["predicted"], eight["same picture as without"]) == ("streamed", "6.0 GB", "yes")
+    assert (free["what stays"], free["times without"], free["same picture as without"]) == ("all", "", "")
+    assert (eight["what stays"], eight["predicted"], eight["same picture as without"]) == ("", "6.0 GB", "yes")
     assert six["same picture as without"] == "NO"
+    assert "blocks streamed" not in free
     rows = [row for row in results["rows"] if row["arm"] != "qruntime" or row["budget_gb"]]
     assert {row.get("same picture as without", "") for row in cells(tables.budgets({**results, "rows": rows}))} == {""}
+
+
+def within(budget: float, draft: float, kept: tuple[str, ...], streamed: int, **more: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "budget_gb": budget,
+        "plan": "streamed" if streamed else "swapped",
+        "kept": sorted(kept),
+        "streamed_blocks": streamed,
+        "predicted_bytes": round(0.97 * budget * GB),
+        "process_vram_bytes": round(budget * GB),
+        "pixels_sha256": "a",
+    }
+    return picture(more.pop("case", "text-to-image 1024x1024"), draft, **{**known, **more})
+
+
+@pytest.fixture
+def budgeted(results: dict[str, Any]) -> dict[str, Any]:
+    """In no order: two sizes, an edit, and fewer steps, each with a row without a budget (11.75 s, 9.75 s the edit)."""
+    free: dict[str, Any] = {"plan": "resident", "kept": ["draft"], "streamed_blocks": 0, "pixels_sha256": "a"}
+    most = ("encode text", "draft", "denoise", "decode")
+    rows = [
+        within(6.0, 14.75, (), 30, arm="qruntime-ring"),
+        within(12.0, 3.5, most, 11, process_vram_bytes=round(11 * GB)),
+        within(6.0, 3.0, ("decode",), 30, case="edit 1024x1024"),
+        within(6.0, 8.875, (), 30, pixels_sha256="b"),
+        within(6.0, 3.0, (), 0, steps=20),
+        picture("edit 1024x1024", 1.0, **free),
+        picture("text-to-image 1024x1024", 5.0, **free, steps=20),
+        within(6.0, 3.0, (), 5, case="text-to-image 512x512"),
+        picture("text-to-image 1024x1024", 3.0, **free),
+        picture("text-to-image 1024x1024", 3.0, arm="reference", recipe="none"),
+    ]
+    return {**results, "rows": rows}
+
+
+def test_budgets_say_what_stays_and_what_that_costs(budgeted: dict[str, Any]) -> None:
+    made = cells(tables.budgets(budgeted))
+    ours, ring = "qruntime `balanced`", "qruntime-ring `balanced`, 6 GB"
+    assert [(row["picture"], row["arm"], row["what stays"], row["blocks streamed"]) for row in made] == [
+        ("512x512", f"{ours}, 6 GB", "nothing", "5"),
+        ("1024x1024", ours, "all", "0"),
+        ("1024x1024", f"{ours}, 12 GB", "encode text, draft, denoise, decode", "11"),
+        ("1024x1024", f"{ours}, 6 GB", "nothing", "30"),
+        ("1024x1024", ring, "nothing", "30"),
+        ("1024x1024, 20 steps", ours, "all", "0"),
+        ("1024x1024, 20 steps", f"{ours}, 6 GB", "nothing", "0"),
+        ("edit 1024x1024", ours, "all", "0"),
+        ("edit 1024x1024", f"{ours}, 6 GB", "decode", "30"),
+    ]
+    assert [row["times without"] for row in made] == ["", "", "1.04", "1.50", "2.00", "", "0.85", "", "1.21"]
+    assert [row["same picture as without"] for row in made] == ["", "", "yes", "NO", "yes", "", "yes", "", "yes"]
+    assert [row["prediction off by"] for row in made[1:5]] == ["", "+5.8 %", "-3.0 %", "-3.0 %"]
+    note = tables.budgets(budgeted).note
+    assert "`qruntime-ring`" in note
+    rows = [row for row in budgeted["rows"] if row["arm"] != "qruntime-ring"]
+    assert "qruntime-ring" not in tables.budgets({**budgeted, "rows": rows}).note
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_budgets_stand_in_one_order_however_they_were_measured(budgeted: dict[str, Any], seed: int) -> None:
+    rows = random.Random(seed).sample(budgeted["rows"], len(budgeted["rows"]))
+    for make in (tables.budgets, tables.cards):
+        assert make({**budgeted, "rows": rows}) == make(budgeted)
+
+
+def test_cards_are_told_the_smallest_first(budgeted: dict[str, Any]) -> None:
+    table = tables.cards(budgeted)
+    assert table.header == (
+        "GPU memory allowed", "picture", "what stays", "blocks streamed", "seconds", "times without a budget",
+        "process", "predicted",
+    )  # fmt: skip
+    assert table.rows == (
+        ("6 GB", "512x512", "nothing", "5", "11.8 s", "", "6.0 GB", "5.8 GB"),
+        ("6 GB", "1024x1024", "nothing", "30", "17.6 s", "1.50", "6.0 GB", "5.8 GB"),
+        ("6 GB", "1024x1024, 20 steps", "nothing", "0", "11.8 s", "0.85", "6.0 GB", "5.8 GB"),
+        ("6 GB", "edit 1024x1024", "decode", "30", "11.8 s", "1.21", "6.0 GB", "5.8 GB"),
+        ("12 GB", "1024x1024", "encode text, draft, denoise, decode", "11", "12.2 s", "1.04", "11.0 GB", "11.6 GB"),
+    )
+    assert "Measured on one NVIDIA H100 " in table.note
+    assert "No figure comes from a real small card" in table.note
+    other = within(6.0, 3.0, (), 0, recipe="quality")
+    recipes = {row["recipe"] for row in cells(tables.cards({**budgeted, "rows": [*budgeted["rows"], other]}))}
+    assert recipes == {"`balanced`", "`quality`"}
+
+
+def test_the_readme_tells_of_smaller_cards_where_any_were_measured(budgeted: dict[str, Any]) -> None:
+    table = tables.cards(budgeted)
+    assert f"### {table.title}\n\n{table.note}\n\n{table.markdown()}" in report.readme_section({"h100": budgeted}, "")
+    rows = [row for row in budgeted["rows"] if not row["budget_gb"]]
+    assert f"### {table.title}" not in report.readme_section({"h100": {**budgeted, "rows": rows}}, "")
 
 
 def test_floors_are_ratios(results: dict[str, Any]) -> None:
@@ -236,7 +330,7 @@ def test_charts_show_something(results: dict[str, Any]) -> None:
 
 def test_the_readme_gets_what_is_made_between_its_marks(results: dict[str, Any]) -> None:
     section = report.readme_section({"h100": results}, "there")
-    for part in (tables.summary([results]), tables.budgets(results), published.table(results)):
+    for part in (tables.summary([results]), tables.cards(results), tables.budgets(results), published.table(results)):
         assert part.markdown() in section
         assert all(f"\n- {point}" in section for point in part.points)
     assert "](there/h100-stages.png)" in section

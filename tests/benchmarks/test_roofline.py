@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case, prompt_of, source_pictures
-from benchmarks.roofline import BF16, COPY, HOST, INT8, Extent, Roofline, Work, floor_seconds
+from benchmarks.roofline import BF16, COPY, HOST, INT8, Extent, Placement, Roofline, Work, as_json, floor_seconds
 from benchmarks.synthetic import write_converted
 from benchmarks.worker import prompt_tokenizer
 from qruntime.checkpoint.synthetic import configs, read_specs
+from qruntime.memory.estimates import PHASES
 from qruntime.models.ar import cache_capacity
 from qruntime.models.spec import LinearSpec
 from qruntime.pipeline import GlmImagePipeline
@@ -104,17 +105,62 @@ def test_a_floor_needs_the_ceilings_that_it_uses() -> None:
     assert floor_seconds([asdict(Work(1, host_bytes=1))], known) is None
 
 
-def test_a_plan_brings_weights_from_the_host(full: dict[str, Roofline], extent: Extent) -> None:
-    def host(plan: str | None) -> dict[str, int]:
-        stages = full["none"].stages(extent, plan)
-        return {name: sum(work.times * work.host_bytes for work in passes) for name, passes in stages.items()}
+EVERYTHING, NOTHING = frozenset(PHASES), frozenset[str]()
 
-    blocks, adaln = 2 * BLOCKS * (BLOCK - ADALN), 2 * BLOCKS * ADALN
-    assert not any(host(None).values())
-    assert host("resident")["denoise"] == pytest.approx(adaln, rel=1e-5)
-    assert host("swapped")["denoise"] == pytest.approx(blocks + adaln, rel=1e-5)
-    assert host("streamed")["denoise"] == pytest.approx(50 * blocks + adaln, rel=1e-5)
-    assert host("swapped")["draft"] == pytest.approx(2 * (LAYERS * LAYER + HEAD), rel=1e-5)
+
+def from_host(roofline: Roofline, extent: Extent, placement: Placement | None) -> dict[str, int]:
+    stages = roofline.stages(extent, placement)
+    return {name: sum(work.times * work.host_bytes for work in passes) for name, passes in stages.items()}
+
+
+def test_what_does_not_stay_comes_from_the_host(full: dict[str, Roofline], extent: Extent) -> None:
+    def host(kept: frozenset[str], streamed: int) -> dict[str, int]:
+        return from_host(full["none"], extent, Placement(kept, streamed))
+
+    blocks, adaln, drafting = 2 * BLOCKS * (BLOCK - ADALN), 2 * BLOCKS * ADALN, 2 * (LAYERS * LAYER + HEAD)
+    assert not any(from_host(full["none"], extent, None).values())
+    resident = host(EVERYTHING, 0)
+    assert resident == {"encode": 0, "draft": 0, "denoise": pytest.approx(adaln, rel=1e-5), "decode": 0}
+    swapped = host(NOTHING, 0)
+    assert swapped["draft"] == pytest.approx(drafting, rel=1e-5)
+    assert blocks < swapped["denoise"] - adaln < 1.02 * blocks  # and the stem
+    some = host(EVERYTHING - {"draft"}, 11)
+    assert some["draft"] == swapped["draft"]
+    assert some["denoise"] == pytest.approx(50 * 11 / 30 * blocks + adaln, rel=1e-5)
+    assert host(EVERYTHING - {"denoise"}, 11)["denoise"] == pytest.approx(
+        some["denoise"] + swapped["denoise"] - adaln - 11 / 30 * blocks, rel=1e-5
+    )
+    assert host(NOTHING, 30)["denoise"] - swapped["denoise"] == pytest.approx(49 * blocks, rel=1e-5)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_brings_weights_of_its_own(full: dict[str, Roofline], extent: Extent, phase: str) -> None:
+    edit, kept = replace(extent, sources=1), EVERYTHING - {phase}
+    resident = from_host(full["balanced"], edit, Placement(EVERYTHING, 0))
+    found = from_host(full["balanced"], edit, Placement(kept, 0))
+    assert {name for name in found if found[name] > resident[name]} == {phase.split(maxsplit=1)[0]}
+    if phase in ("encode codes", "encode latents"):
+        assert from_host(full["balanced"], extent, Placement(kept, 0))["encode"] == 0  # there is no source
+
+
+def test_blocks_come_beside_a_step(full: dict[str, Roofline], extent: Extent) -> None:
+    """A bus that brings all of them in less than a step costs nothing; one that takes three steps costs two."""
+    blocks = 2 * BLOCKS * (BLOCK - ADALN)
+    step = floor_seconds([asdict(full["none"].dit_step(extent))], CEILINGS)
+    assert step is not None
+
+    def floor(kept: frozenset[str], streamed: int, steps_all_take: float) -> float:
+        passes = as_json(full["none"].stages(extent, Placement(kept, streamed)))["denoise"]
+        found = floor_seconds(passes, {**CEILINGS, HOST: blocks / (steps_all_take * step)})
+        assert found is not None
+        return found
+
+    fast, slow = (floor(EVERYTHING, 0, steps) for steps in (0.9, 3.0))
+    assert floor(EVERYTHING, 30, 0.9) == pytest.approx(fast, rel=1e-9)
+    assert floor(NOTHING, 0, 0.9) - fast < 0.02 * step  # the stem
+    assert floor(EVERYTHING, 30, 3.0) - slow == pytest.approx(50 * 2 * step, rel=1e-3)
+    assert floor(EVERYTHING - {"denoise"}, 0, 3.0) - slow == pytest.approx(2 * step, rel=0.05)
+    assert floor(EVERYTHING, 9, 3.0) == pytest.approx(slow, rel=1e-9)
 
 
 def test_every_linear_shape_of_the_model_is_a_product(full: dict[str, Roofline], extent: Extent) -> None:

@@ -19,14 +19,18 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import measure, resultfile
-from benchmarks.arms import ARMS, OURS, Drawn, Inputs, Parts, open_arm
+from benchmarks.arms import ARMS, OUR_ARMS, OURS, OURS_RING, RECIPES, Drawn, Inputs, Parts, open_arm
+from benchmarks.arms.qruntime import Ours
 from benchmarks.cases import SUITES, Case, build, prompt_of, shortened, source_pictures
 from benchmarks.models import Models
-from benchmarks.roofline import BF16, COPY, INT8
+from benchmarks.roofline import BF16, COPY, INT8, Placement
 from benchmarks.synthetic import write_configs, write_converted
 from benchmarks.worker import Worker, prompt_tokenizer
+from qruntime.checkpoint.reader import Checkpoint
 from qruntime.errors import InputError
 from qruntime.media import fit_source
+from qruntime.memory import blocks
+from qruntime.memory.estimates import PHASES
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent.parent
@@ -297,7 +301,7 @@ def test_the_reference_drafts_codes_alone_to_the_end(inputs: Inputs, tmp_path: P
 class Stub:
     """An arm that answers in no time."""
 
-    plan = None
+    placement: Placement | None = None
     found = Parts(encode=[0.5], prefill=[2.0], token=[0.1], setup=[1.0], step=[0.2, 0.3, 0.1], decode=[0.4])
 
     def warm(self, inputs: Inputs) -> None: ...
@@ -319,9 +323,58 @@ def test_what_a_picture_was_put_together_from_is_told_too(tmp_path: Path) -> Non
     assert worker.device == CPU
 
 
+class Told(Stub):
+    """An arm that says where weights lay while it drew, or leaves that to what holds for all its cases."""
+
+    def __init__(self, facts: dict[str, Any], placement: Placement | None = None) -> None:
+        self.facts = facts
+        self.placement = placement
+
+    def draw(self, inputs: Inputs) -> Drawn:
+        return replace(super().draw(inputs), facts=self.facts)
+
+
+def test_the_floor_counts_what_came_from_the_host(tmp_path: Path) -> None:
+    folder = write_configs(tmp_path / "made", full_size=False)
+    worker = Worker({"folder": str(folder), "device": "cpu", "recipe": "none", "arm": OURS, "budget_gb": None}, 0)
+
+    def host_bytes(arm: Stub) -> dict[str, int]:
+        worker._arm = arm
+        row = next(worker.rows(Case("batch", 128, 64, steps=4, prompt_tokens=30)))
+        return {name: sum(each["times"] * each["host_bytes"] for each in row["work"][name]) for name in row["work"]}
+
+    everything = sorted(PHASES)
+    resident, swapped = (host_bytes(Told({"kept": kept, "streamed_blocks": 0})) for kept in (everything, []))
+    assert {name for name, count in resident.items() if count} == {"denoise"}
+    assert all(swapped[name] > resident[name] for name in swapped)
+    drafting = host_bytes(Told({"kept": ["draft"], "streamed_blocks": 0}))
+    assert drafting == {**swapped, "draft": 0}
+    streamed = host_bytes(Told({"kept": everything, "streamed_blocks": 1}))
+    assert streamed["denoise"] > resident["denoise"]
+    assert {**streamed, "denoise": 0} == {**resident, "denoise": 0}
+    assert not any(host_bytes(Told({})).values())
+    assert host_bytes(Told({}, Placement(frozenset(), 0))) == swapped
+
+
 def test_every_arm_has_a_module() -> None:
     for name in ARMS.values():
         assert importlib.util.find_spec(f"benchmarks.arms.{name}") is not None
+    assert ARMS.keys() == {*RECIPES, *OUR_ARMS}
+
+
+def test_blocks_of_the_ring_arm_are_not_page_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "host_available_bytes", lambda: 10**9)
+    folder = write_converted(tmp_path / "made", "balanced", full_size=False)
+    component = Checkpoint.open(folder).components["transformer"]
+
+    def limit() -> int:
+        loader = blocks.Loader(component, CPU, torch.float32)
+        loader.keep_on_host(frozenset({"a block"}))
+        return loader._host_limit
+
+    assert limit() == 10**9 // 2
+    assert isinstance(open_arm(OURS_RING, folder, CPU, torch.float32, 8.0), Ours)
+    assert limit() == 0
 
 
 # A run
@@ -346,6 +399,47 @@ class Scripted(command._Suite):
 def _row(index: int, cases: list[Case]) -> dict[str, Any]:
     row = run(1.0, case=cases[index].name, steps=cases[index].steps)
     return {"event": "row", "case": index, "row": row}
+
+
+class Asked:
+    """A suite that measures nothing, and keeps what it was asked."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.keys: set[resultfile.Key] = set()
+        self.measured: list[tuple[int, command.Entry, set[str]]] = []
+
+    def measure_ceilings(self) -> None:
+        resultfile.save(self.out, resultfile.merged(None, MACHINE, {}, []))
+
+    def measure(self, entry: command.Entry, cases: list[Case], number: int) -> None:
+        if cases:
+            self.measured.append((number, entry, {case.kind for case in cases}))
+
+
+def test_our_arms_are_measured_per_recipe_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every round; products and conversions once a recipe, whichever of the arms is first."""
+    suite = Asked(tmp_path / "out.json")
+    monkeypatch.setattr(command, "_Suite", lambda *args: suite)
+    arms, recipes = ("reference", OURS, OURS_RING), ("balanced", "quality")
+    given = ["run", "--suite", "text", "kernels", "convert", "--sizes", "64x64", "--rounds", "2", "--model", "tiny"]
+    given += ["--arms", *arms, "--recipes", *recipes, "--budgets", "auto", "8", "--out", str(suite.out)]
+    assert command.main(given) == 1  # nothing was measured
+    for number in range(2):
+        drawn = [entry for at, entry, kinds in suite.measured if at == number and "text" in kinds]
+        stock = [] if number else [command.Entry("reference", "none", None)]
+        assert drawn == stock + [
+            command.Entry(arm, recipe, budget) for arm in arms[1:] for recipe in recipes for budget in (None, 8.0)
+        ]
+    for kind in ("kernels", "convert"):
+        found = {entry for _, entry, kinds in suite.measured if kind in kinds}
+        assert found == {command.Entry(OURS, recipe, None) for recipe in recipes}
+
+
+def test_our_arms_draw_from_the_same_folder(tmp_path: Path) -> None:
+    (tmp_path / "tiny-balanced").mkdir()
+    models = Models("tiny", tmp_path, lambda text: None)
+    assert {models.folder(arm, "balanced") for arm in OUR_ARMS} == {tmp_path / "tiny-balanced"}
 
 
 @pytest.mark.parametrize(

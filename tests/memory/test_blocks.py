@@ -183,14 +183,18 @@ def test_streamed_blocks_are_the_kept_ones(official: Folder, variant: str, own: 
     assert streamed.held_bytes == slots * next(iter(kept)).buffer.numel()
 
 
-@pytest.mark.parametrize("count", range(13))
+@pytest.mark.parametrize("count", range(41))
 def test_streamed_blocks_are_spread(count: int) -> None:
-    """As many as are asked for, and as far from each other as that many can be."""
+    """As many as are asked for, far from each other, and with more slots some of the same."""
+    more = set(range(count))
     for own in range(count + 1):
         streamed = blocks_module._spread(count, own)
         assert len(streamed) == (count - own if count - own > STREAM_SLOTS else 0)
-        gaps = [after - before for before, after in itertools.pairwise(streamed)]
-        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert list(streamed) == sorted(streamed)
+        assert set(streamed) <= more
+        more = set(streamed)
+        gaps = [after - before for before, after in itertools.pairwise((*streamed, *(i + count for i in streamed)))]
+        assert not gaps or max(gaps) <= 2.7 * count / len(streamed)
     assert blocks_module._spread(count, None) == ()
 
 
