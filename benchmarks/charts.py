@@ -73,8 +73,10 @@ def _plain(text: str) -> str:
 
 def _stages_chart(plt: Any, results: Results) -> Any:
     """A panel a case, each with seconds of its own: a small picture beside a large one would not be seen. Cases that
-    one arm alone has drawn are left to the table, where others can be compared."""
+    one arm alone has drawn are left to the table, where others can be compared, and so are budgets and fewer steps."""
     free = [row for row in picture_rows([results]) if not row["budget_gb"]]
+    most = {row["case"]: max(other["steps"] for other in free if other["case"] == row["case"]) for row in free}
+    free = [row for row in free if row["steps"] == most[row["case"]]]
     cases = [list(rows) for _, rows in groupby(free, key=picture_name)]
     cases = [rows for rows in cases if len(rows) > 1] or cases
     if not cases:

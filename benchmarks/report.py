@@ -160,7 +160,12 @@ def _section(name: str, results: Results, drawn: Mapping[str, tuple[str, bytes]]
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
         for chart, (caption, png) in drawn.items()
     }
-    beside = {"Whole pictures": ("stages", "memory"), "Components": ("floor",), "Products": ("kernels",)}
+    beside = {
+        "Whole pictures": ("stages", "memory"),
+        "Budgets": ("budgets",),
+        "Components": ("floor",),
+        "Products": ("kernels",),
+    }
     body = []
     for table in made_of(results):
         drawings = "".join(figures.get(chart, "") for chart in beside.get(table.title, ()))

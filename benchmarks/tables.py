@@ -214,7 +214,7 @@ def budgets(results: Results) -> Table:
         "blocks streamed": _blocks_streamed,
         "seconds": lambda row: seconds(row["seconds"]),
         "times without": lambda row: _times_without(row, free),
-        "predicted": lambda row: gigabytes(row.get("predicted_bytes")),
+        "predicted": _predicted,
         "process": lambda row: gigabytes(row["process_vram_bytes"]),
         "prediction off by": _prediction_off_by,
         "same picture as without": same,
@@ -240,7 +240,7 @@ def cards(results: Results) -> Table:
         "seconds": lambda row: seconds(row["seconds"]),
         "times without a budget": lambda row: _times_without(row, free),
         "process": lambda row: gigabytes(row["process_vram_bytes"]),
-        "predicted": lambda row: gigabytes(row.get("predicted_bytes")),
+        "predicted": _predicted,
     }
     note = (
         f"Measured on one {chip(results['machine'])} with torch's allocator capped at what is allowed, less the "
@@ -345,9 +345,14 @@ def _times_without(row: Row, free: Mapping[tuple[Any, ...], Row]) -> str:
     return "" if other is row else f"{row['seconds'] / other['seconds']:.2f}"
 
 
+def _predicted(row: Row) -> str:
+    """Within a budget: without one a plan needs to be no closer than what is free."""
+    return gigabytes(row.get("predicted_bytes")) if row["budget_gb"] else ""
+
+
 def _prediction_off_by(row: Row) -> str:
     predicted, process = row.get("predicted_bytes"), row["process_vram_bytes"]
-    return f"{100 * (predicted / process - 1):+.1f} %" if predicted and process else ""
+    return f"{100 * (predicted / process - 1):+.1f} %" if row["budget_gb"] and predicted and process else ""
 
 
 def all_seconds(row: Row) -> str:

@@ -227,6 +227,11 @@ def pinned_empty(nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
+def can_page_lock(device: torch.device) -> bool:
+    """Whether host memory can be page-locked for a CUDA device."""
+    return device.type == "cuda" and pinned_empty(1, device).is_pinned()
+
+
 class CopyQueue:
     """A side stream for copies to the device, ordered against the compute stream by events.
 

@@ -119,7 +119,7 @@ class GlmImagePipeline:
         announce: Callable[[str], None] = lambda message: None,
     ) -> GlmImagePipeline:
         """Open a converted or an official folder, or a hub id (downloaded once, its size announced first; where a CUDA
-        device has to do without the Triton kernels, that is announced too).
+        device has to do without the Triton kernels or without page-locked host memory, that is announced too).
 
         `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16,
         float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
@@ -131,6 +131,8 @@ class GlmImagePipeline:
         lacking = ops.why_not_triton(found, precision) if devices.kind(found) == "cuda" else None
         if lacking is not None:
             announce(f"{found} is many times slower than it could be without the Triton kernels: {lacking}")
+        if devices.kind(found) == "cuda" and not devices.can_page_lock(found):
+            announce("host memory cannot be page-locked here: weights that come and go take longer")
         folder = locate(model, announce=announce, revision=revision)
         return cls(Checkpoint.open(folder), found, precision, vram_bytes(vram))
 
@@ -165,13 +167,14 @@ class GlmImagePipeline:
     def _plan(self, needs: Needs) -> Plan:
         """The fastest plan within the budget, which is looked at anew where it is what is free; on the CPU, whose
         memory is the host's, everything comes and goes."""
+        kind = devices.kind(self.device)
+        context, workspace = (CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES) if kind == "cuda" else (0, 0)
         if self.vram_bytes is not None:
-            overhead = CUDA_CONTEXT_BYTES + CUDA_WORKSPACE_BYTES if devices.kind(self.device) == "cuda" else 0
-            return needs.fastest(self.vram_bytes, overhead)
-        if devices.kind(self.device) == "cpu":
+            return needs.fastest(self.vram_bytes, context + workspace)
+        if kind == "cpu":
             return needs.plan(frozenset(), needs.blocks)
-        free = devices.available_bytes(self.device, self._parts.held_bytes)
-        return needs.fastest(free - AUTO_MARGIN_BYTES, CUDA_WORKSPACE_BYTES)
+        free = devices.available_bytes(self.device, self._parts.held_bytes)  # beside the context, which is there
+        return needs.fastest(free + context - AUTO_MARGIN_BYTES, context + workspace)
 
     def release(self) -> None:
         """Give all weights back to the device."""

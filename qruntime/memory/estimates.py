@@ -26,8 +26,8 @@ _PREFILL_WIDTHS = 7  # likewise
 _DRAFT_BYTES = 15 * 10**6  # logits, graph and tables
 _DENOISE_WIDTHS = 13.0  # tensors of [sequence, width]
 _FUSED_WIDTHS = 7.2  # where a block runs in its W8A8 kernels, in the middle of the MLP,
-_GAP_BYTES, _GAPS = 60 * 10**6, 1.25  # between tensors of many sizes: some, and in proportion to what a block needs
-_VAE_GAPS = 1.2  # likewise, to what the autoencoder needs
+_GAP_BYTES, _GAPS = 60 * 10**6, 1.1  # between tensors of many sizes: some, and in proportion to what a block needs,
+_VAE_GAPS, _SOURCE_GAPS = 1.2, 1.05  # to what the autoencoder needs, and to keys and values of sources
 _ATTENTION_WIDTHS = 5.0  # and in attention, beside keys and values that are joined with those of sources
 
 
@@ -119,7 +119,7 @@ class Estimate:
         block += 0 if self._fused else self.sizes.dit_matrix
         priors = self.request.num_images_per_prompt * self._image((self.request.height, self.request.width)) * row
         condition = 2 * config.num_layers * sources * row
-        most = max(int(_GAPS * block) + condition, STREAM_SLOTS * self.sizes.adaln_slot)
+        most = max(int(_GAPS * block + _SOURCE_GAPS * condition), STREAM_SLOTS * self.sizes.adaln_slot)
         return most + priors + self._table_bytes() + _GAP_BYTES
 
     def _table_bytes(self) -> int:

@@ -13,7 +13,7 @@ from .sizes import Operations
 # Medians over the text-to-image rows of benchmarks/results/h100.json (recipe `balanced`; 512, 1024 and 2048 pixels a
 # side): encode, draft, denoise, decode. Single rows lie up to 15 % beside them, the shortest stage aside. Other cards,
 # recipes and parts (source pictures) are taken to reach the same shares.
-EFFICIENCY = {"load": 0.35, "glyph": 0.034, "draft": 0.665, "denoise": 0.86, "vae": 0.21}
+EFFICIENCY = {"load": 0.35, "glyph": 0.033, "draft": 0.672, "denoise": 0.867, "vae": 0.21}
 
 
 @dataclass(frozen=True)

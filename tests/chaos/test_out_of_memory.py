@@ -77,6 +77,24 @@ def test_once_at_any_allocation(pipe: GlmImagePipeline, edit: bool) -> None:
     assert {"encode", "draft", "denoise"} <= stages
 
 
+@pytest.mark.slow
+def test_once_at_every_allocation(pipe: GlmImagePipeline) -> None:
+    """All of them, of a run with every stage: an edit, whose draft is short. Ten minutes."""
+    more = {**CALL, "num_inference_steps": 1, "image": Image.linear_gradient("L").resize((64, 64))}
+    pipe(PROMPT, **more)
+    pipe.release()
+    with failing_at() as mode:
+        undisturbed = pipe(PROMPT, **more)
+    assert mode.count > 1000
+    for number in range(1, mode.count + 1):
+        pipe.release()
+        with failing_at(number):
+            out = pipe(PROMPT, **more)
+        assert out.stats["plan_given_up"] == "swapped", number
+        assert torch.equal(out.images, undisturbed.images), number
+        assert torch.equal(out.prior_token_ids, undisturbed.prior_token_ids), number
+
+
 def test_finished_work_is_not_done_again(pipe: GlmImagePipeline) -> None:
     undisturbed, numbers = places(pipe)
     with failing_at(numbers[-1]) as mode:
