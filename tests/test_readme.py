@@ -58,8 +58,8 @@ def test_what_is_said_of_pictures_from_the_gpu_is_in_their_results_file():
     device = json.loads((ROOT / "benchmarks" / "results" / "demo" / "fidelity_h100.json").read_text("utf-8"))["arms"]
     ours, words, base = device["balanced"], device["balanced"]["scores"], device["bf16"]["scores"]
     said = (
-        f"{words['cases']:.0f} posters by `balanced` have {100 * words['word']:.1f} % of their words right where bf16 has "
-        f"{100 * base['word']:.1f} %, at {ours['psnr']['mean']:.1f} dB and a KL of {ours['kl']:.4f}"
+        f"{words['cases']:.0f} posters by `balanced` have {100 * words['word']:.1f} % of their words right where bf16 "
+        f"has {100 * base['word']:.1f} %, at {ours['psnr']['mean']:.1f} dB and a KL of {ours['kl']:.4f}"
     )
     assert said in " ".join(README.split())
 
