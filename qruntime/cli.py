@@ -36,7 +36,7 @@ DEMO_PROMPT = (
     "a cream background"
 )
 _BAR = 20  # characters of a bar
-_CARDS_GB = (6, 8, 12, 16, 24)
+_CARDS_GB = (4, 6, 8, 12, 16, 24)
 MAX_SIZE_CHARS = 40  # Python refuses to read numbers of thousands of digits
 _DEFAULTS = {name: field.default for name, field in GenerateRequest.__dataclass_fields__.items()}
 
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_size(plan)
     plan.add_argument("--sources", type=int, default=0, metavar="N", help="number of source pictures of the same size")
     plan.add_argument("--vram", default="auto", metavar="GB", help="a budget to plan for")
+    _add_allow_slow(plan)
     _add_json(plan)
     plan.set_defaults(run=_plan)
 
@@ -186,6 +187,12 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram", default="auto", metavar="auto|GB", help="device memory to stay within, in 10^9 bytes")
     parser.add_argument("--device", default="auto", metavar="auto|cuda[:N]|mps|cpu")
+    _add_allow_slow(parser)
+
+
+def _add_allow_slow(parser: argparse.ArgumentParser) -> None:
+    text = "where nothing else fits, stream the drafting model for every token, which takes minutes a picture"
+    parser.add_argument("--allow-slow", action="store_true", help=text)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +224,7 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
         top_p=args.top_p,
     )
     output = check_output(args.output)
-    pipe = _open_pipeline(args.model, args.device, args.vram, reporter)
+    pipe = _open_pipeline(args, reporter)
     began = time.monotonic()
     out = pipe.generate(request, progress=reporter.progress)
     seconds = time.monotonic() - began
@@ -240,14 +247,18 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
     return 0
 
 
-def _open_pipeline(model: str | Path, device: str, vram: str, reporter: Reporter) -> GlmImagePipeline:
+def _open_pipeline(args: argparse.Namespace, reporter: Reporter) -> GlmImagePipeline:
     """A pipeline that owns this process: a budget in gigabytes caps the allocator too."""
     from . import device as devices
     from .memory.planner import CUDA_CONTEXT_BYTES
     from .pipeline import GlmImagePipeline
 
     pipe = GlmImagePipeline.from_pretrained(
-        model, device=device, vram=vram, announce=lambda text: reporter.event("note", text)
+        args.model,
+        device=args.device,
+        vram=args.vram,
+        allow_slow=args.allow_slow,
+        announce=lambda text: reporter.event("note", text),
     )
     devices.claim_memory(pipe.device, None if pipe.vram_bytes is None else pipe.vram_bytes - CUDA_CONTEXT_BYTES)
     name = str(pipe.dtype).removeprefix("torch.")
@@ -284,9 +295,10 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
             "mode": plan.mode,
             "kept": sorted(plan.kept),
             "streamed_blocks": plan.streamed_blocks,
+            "streamed_layers": plan.streamed_layers,
             "peak_bytes": plan.peak_bytes,
             "seconds": plan.seconds,
-            "seconds_h100": on_h100.plan(plan.kept, plan.own_blocks).seconds,
+            "seconds_h100": on_h100.plan(plan.kept, plan.own_blocks, streamed_layers=plan.streamed_layers).seconds,
             "phases": [asdict(phase) for phase in plan.phases],
         }
 
@@ -301,11 +313,11 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
     }
     code = 0
     if budget is None:
-        lines += ["", *_plan_cards(needs, overhead)]
+        lines += ["", *_plan_cards(needs, overhead, args.allow_slow)]
     else:
         lines += ["", f"--vram {budget / GB:g}: "]
         try:
-            chosen = needs.fastest(budget, overhead)
+            chosen = needs.fastest(budget, overhead, allow_slow=args.allow_slow)
         except MemoryBudgetError as error:
             code = error.exit_code
             lines[-1] += f"nothing fits. {error}"
@@ -357,12 +369,12 @@ def _plan_table(plans: Sequence[Plan], on_h100: Sequence[float]) -> list[str]:
     ]
 
 
-def _plan_cards(needs: Needs, overhead_bytes: int) -> list[str]:
+def _plan_cards(needs: Needs, overhead_bytes: int, allow_slow: bool) -> list[str]:
     """A line for each usual card: what its plan does."""
     lines = [f"{'--vram':<8}{'peak':>6}{'seconds':>9}  plan"]
     for gigabytes in _CARDS_GB:
         try:
-            plan = needs.fastest(gigabytes * GB, overhead_bytes)
+            plan = needs.fastest(gigabytes * GB, overhead_bytes, allow_slow=allow_slow)
         except MemoryBudgetError as error:
             lines.append(f"{gigabytes:<8}{'':>6}{'':>9}  {error.message}")
         else:

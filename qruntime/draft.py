@@ -9,7 +9,7 @@ pictures follow each other, one operation at a time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,12 +116,14 @@ class Decoder:
 
     Everything that the graph touches lies at a fixed place: the cache, the tables, `uniforms` and `codes`
     [pictures, capacity], `steps` (how many codes each picture has), and the hidden states of their newest codes. The
-    graph holds the addresses of the weights too, so a decoder goes when they go.
+    graph holds the addresses of the weights too, so a decoder goes when they go. Layers that are streamed have no
+    addresses: then nothing is captured, and every token runs as the graph would.
     """
 
     def __init__(self, parts: Parts, pictures: int, capacity: int, choice: Choice) -> None:
         device, self._config, self._choice = parts.device, parts.checkpoint.ar.text, choice
-        self._layers, self._head = list(parts.ar_layers), parts.ar_head.single()
+        layers, self._head = parts.ar_layers, parts.ar_head.single()
+        self._layers: Iterable[ar.ArLayer] = layers if layers.streamed else list(layers)
         self._table = parts.code_table()
         self._queue = devices.CopyQueue(device)
         self._cache = ar.KvCache.allocate(self._config, capacity, parts.dtype, device, pictures)
@@ -133,7 +135,7 @@ class Decoder:
         self._hidden = torch.zeros(pictures, self._config.hidden_size, dtype=parts.dtype, device=device)
         self.codes = torch.zeros(pictures, capacity, dtype=torch.long, device=device)
         self._sums = torch.empty(0, device=device)
-        self._replay = devices.capture(device, self._token)
+        self._replay = self._token if layers.streamed else devices.capture(device, self._token)
 
     def read(self, order: Order) -> Tensor:
         """Run an order's prompt into the cache of every picture: logits of the first code as sums

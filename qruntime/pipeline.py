@@ -96,12 +96,19 @@ class GlmImagePipeline:
     """Draws and edits pictures with GLM-Image. Names and meanings follow diffusers' pipeline of the same name."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vram_bytes: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        vram_bytes: int | None = None,
+        *,
+        allow_slow: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
         self.vram_bytes = vram_bytes
+        self.allow_slow = allow_slow
         self._tokenizer = PromptTokenizer.for_model(checkpoint.path / "processor", checkpoint.ar)
         self._parts = Parts(checkpoint, device, dtype)
 
@@ -112,6 +119,7 @@ class GlmImagePipeline:
         *,
         device: str | int | torch.device | None = None,
         vram: str | float = "auto",
+        allow_slow: bool = False,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
@@ -121,8 +129,9 @@ class GlmImagePipeline:
         """Open a converted or an official folder, or a hub id (downloaded once, its size announced first; where a CUDA
         device has to do without the Triton kernels or without page-locked host memory, that is announced too).
 
-        `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `dtype` is bfloat16 or float32 (default: bf16,
-        float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
+        `vram` is "auto" or gigabytes (10^9 bytes) of device memory; `allow_slow` lets the drafting model be streamed
+        for every token, minutes a picture, where it does not fit otherwise; `dtype` is bfloat16 or float32 (default:
+        bf16, float32 on CPUs without it); `torch_dtype` and `device_map` are diffusers' names for `dtype` and `device`.
         Weights are loaded when first used. Raises `InputError` or `CheckpointError`.
         """
         named = _one_of("device", device, "device_map", _device_of(device_map))
@@ -134,7 +143,8 @@ class GlmImagePipeline:
         if devices.kind(found) == "cuda" and not devices.can_page_lock(found):
             announce("host memory cannot be page-locked here: weights that come and go take longer")
         folder = locate(model, announce=announce, revision=revision)
-        return cls(Checkpoint.open(folder), found, precision, vram_bytes(vram))
+        checkpoint = Checkpoint.open(folder)
+        return cls(checkpoint, found, precision, vram_bytes(vram), allow_slow=allow_slow)
 
     def to(self, device: str | torch.device) -> GlmImagePipeline:
         """Draw on another device from now on."""
@@ -170,11 +180,12 @@ class GlmImagePipeline:
         kind = devices.kind(self.device)
         context, workspace = (CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES) if kind == "cuda" else (0, 0)
         if self.vram_bytes is not None:
-            return needs.fastest(self.vram_bytes, context + workspace)
+            return needs.fastest(self.vram_bytes, context + workspace, allow_slow=self.allow_slow)
         if kind == "cpu":
             return needs.plan(frozenset(), needs.blocks)
         free = devices.available_bytes(self.device, self._parts.held_bytes)  # beside the context, which is there
-        return needs.fastest(free + context - AUTO_MARGIN_BYTES, context + workspace)
+        budget = free + context - AUTO_MARGIN_BYTES
+        return needs.fastest(budget, context + workspace, allow_slow=self.allow_slow)
 
     def release(self) -> None:
         """Give all weights back to the device."""
@@ -305,6 +316,7 @@ class GlmImagePipeline:
             "plan": chosen.mode,
             "kept": sorted(chosen.kept),
             "streamed_blocks": chosen.streamed_blocks,
+            "streamed_layers": chosen.streamed_layers,
             "plan_given_up": None if given_up is None else given_up.mode,  # for want of memory, on the way
             "predicted_bytes": chosen.peak_bytes,
             "predicted_phases": {phase.name: phase.peak_bytes for phase in chosen.phases},

@@ -5,6 +5,8 @@ The model is random and small, but wide enough for the kernels: 128 features, in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,18 +58,25 @@ def random_weights(spec: Any, dtype: torch.dtype, recipe: str) -> Weights:
     return ready
 
 
-def parts_in(dtype: torch.dtype, recipe: str = "balanced") -> Any:
+class Layers(list[ar.ArLayer]):
+    """What `Blocks` is to a draft. Streamed layers are there for one pass after another, never all at once."""
+
+    streamed = 0
+
+
+def parts_in(dtype: torch.dtype, recipe: str = "balanced", layers: int = TEXT.num_layers) -> Any:
     """What `draft` needs of `Parts`, over random weights; equal numbers in every dtype."""
-    config = SimpleNamespace(text=TEXT, vq=SimpleNamespace(codebook_size=CODES))
+    text = replace(TEXT, num_layers=layers)
+    config = SimpleNamespace(text=text, vq=SimpleNamespace(codebook_size=CODES))
     specs = ar.block_specs(config)  # type: ignore[arg-type]
-    layers = [ar.ArLayer(TEXT, random_weights(s, dtype, recipe)) for s in specs if s.kind == "layer"]
+    made = [ar.ArLayer(TEXT, random_weights(s, dtype, recipe)) for s in specs if s.kind == "layer"]
     head = random_weights(next(s for s in specs if s.kind == "head"), dtype, recipe)
     table = torch.randn(CODES, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE, dtype)
     return SimpleNamespace(
         device=DEVICE,
         dtype=dtype,
         checkpoint=SimpleNamespace(ar=config),
-        ar_layers=layers,
+        ar_layers=Layers(made),
         ar_head=SimpleNamespace(single=lambda: head),
         code_table=lambda: table,
         keep=lambda name, key, make: make(),
@@ -150,6 +159,39 @@ def test_a_captured_token_is_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting.devices, "capture", lambda device, work: work)
     eager, _ = drafted(parts, order)
     assert torch.equal(captured, eager)
+
+
+class Passing(Layers):
+    """Layers that are there while they run, and NaN before and after."""
+
+    streamed = 2
+
+    def __iter__(self) -> Iterator[ar.ArLayer]:
+        for layer in super().__iter__():
+            layer._weights.passing = True
+            buffer = layer._weights.buffer
+            kept = buffer.clone()
+            yield layer
+            buffer.fill_(0xFF)
+            self._spoilt.append((buffer, kept))
+        while self._spoilt:
+            buffer, kept = self._spoilt.pop()
+            buffer.copy_(kept)
+
+    def __init__(self, layers: list[ar.ArLayer]) -> None:
+        super().__init__(layers)
+        self._spoilt: list[tuple[Tensor, Tensor]] = []
+
+
+def test_streamed_layers_draft_the_same(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token takes more than one layer at a time, and nothing is captured over what does not stay."""
+    parts, order = parts_in(torch.bfloat16, layers=2), order_of(range(1), 3, torch.bfloat16)
+    resident = drafted(parts, order)
+    parts.ar_layers = Passing(parts.ar_layers)
+    monkeypatch.setattr(drafting.devices, "capture", None)
+    streamed = drafted(parts, order)
+    for found, wanted in zip(streamed, resident, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_single_code(by_kernels: None) -> None:

@@ -860,9 +860,11 @@ def test_a_picture_is_the_same_under_any_plan(
     first = draw(pipe, output_type="pt")
     ways = (((), 0), ((), 1), (("denoise",), 0), (("denoise", "decode"), 2), (("draft",), 5), (PHASES, 1), (PHASES, 5))
     for kept, own in ways:
-        monkeypatch.setattr(pipe, "_plan", lambda needs, kept=kept, own=own: needs.plan(frozenset(kept), own))
+        layers = 4 - own if kept == () else 0
+        monkeypatch.setattr(pipe, "_plan", lambda needs, plan=(frozenset(kept), own, 0, layers): needs.plan(*plan))
         for _ in range(2):
             out = draw(pipe, output_type="pt")
+            assert out.stats["streamed_layers"] == layers
             assert out.stats["streamed_blocks"] == (5 - own if own < 3 else 0)
             assert out.stats["kept"] == sorted(set(kept) & set(out.stats["predicted_phases"]))
             assert torch.equal(out.prior_token_ids, first.prior_token_ids)

@@ -288,10 +288,11 @@ class Blocks(Generic[Module]):
             if index not in self._streamed and index not in self._own:
                 self._own[index] = self._new_slot(spec)
         while self._streamed and len(self._passing) < STREAM_SLOTS:
-            self._passing.append(self._new_slot(self._specs[self._streamed[0]]))
+            self._passing.append(self._new_slot(self._specs[self._streamed[0]], passing=True))
 
-    def _new_slot(self, spec: BlockSpec) -> _Slot[Module]:
+    def _new_slot(self, spec: BlockSpec, *, passing: bool = False) -> _Slot[Module]:
         weights = self._loader.new_weights(spec)
+        weights.passing = passing
         return _Slot(weights, self._make(weights), free=self._loader.queue.mark())
 
     def _own_slot(self, index: int) -> _Slot[Module]:

@@ -182,6 +182,11 @@ class Estimate:
     # Counts
 
     @property
+    def drafted(self) -> int:
+        """How often the drafting model runs for a token, of all pictures that are drafted together."""
+        return self.request.draft_tokens * -(-self.request.num_images_per_prompt // self._together)
+
+    @property
     def _read(self) -> int:
         """Tokens that come before the first drafted one."""
         return self.lengths.prompt + self._source_cells

@@ -94,14 +94,15 @@ class Parts:
     @property
     def page_locked_bytes(self) -> int:
         """Bytes of page-locked host memory that streamed blocks are kept in."""
-        return self.dit_blocks.on_host_bytes
+        return self.dit_blocks.on_host_bytes + self.ar_layers.on_host_bytes
 
     def follow(self, plan: Plan, before_block: Callable[[], None]) -> None:
         """Arrange the parts as `plan` says; `before_block` is called before every block that runs.
 
         Weights of phases that the plan has not stay if there is room for all of them.
         """
-        self.dit_blocks.stream(plan.own_blocks if plan.streamed_blocks else None)
+        self.dit_blocks.stream(plan.own_blocks)
+        self.ar_layers.stream(len(self.ar_layers) - plan.streamed_layers)
         others = self._of_phase.keys() - {phase.name for phase in plan.phases}
         held = sum(blocks.held_bytes for name in others for blocks in self._of_phase[name])
         self._staying = plan.kept | (others if held <= plan.spare_bytes else frozenset())
@@ -134,6 +135,7 @@ class Parts:
     def release(self) -> None:
         """Give all weights back, on the device and on the host."""
         self.dit_blocks.stream(None)
+        self.ar_layers.stream(None)
         for name in self._of_phase:
             self._release(name)
         self._kept.clear()

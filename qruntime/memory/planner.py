@@ -65,21 +65,22 @@ class Plan:
     """Where weights live while a call runs.
 
     `kept`: phases whose weights stay; `own_blocks`: how many of the transformer's blocks have a slot of their own, and
-    `streamed_blocks` how many pass through two; `overhead_bytes`: what the process holds outside of every phase;
-    `spare_bytes`: what the budget leaves.
+    `streamed_blocks` how many pass through two; `streamed_layers`: how many of the drafting model's layers do, which is
+    slow; `overhead_bytes`: what the process holds outside of every phase; `spare_bytes`: what the budget leaves.
     """
 
     phases: tuple[Phase, ...]
     kept: frozenset[str]
     own_blocks: int
     streamed_blocks: int
+    streamed_layers: int
     overhead_bytes: int
     spare_bytes: int = 0
 
     @property
     def mode(self) -> str:
         """One of `MODES`, the word for it: is any block streamed; do all weights stay; or neither."""
-        if self.streamed_blocks:
+        if self.streamed_blocks or self.streamed_layers:
             return "streamed"
         return "resident" if self.kept.issuperset(phase.name for phase in self.phases) else "swapped"
 
@@ -102,6 +103,8 @@ class Plan:
         said = f"{', '.join(stay)} stay" if stay else "weights come and go with their phase"
         if self.streamed_blocks:
             said += f"; {self.streamed_blocks} of {self.own_blocks + self.streamed_blocks} blocks are streamed"
+        if self.streamed_layers:
+            said += f"; {self.streamed_layers} layers of the drafting model are streamed for every token"
         return said
 
 
@@ -111,18 +114,21 @@ class Needs:
 
     `weights`: bytes, without the transformer's blocks; `working`: bytes at the worst moment; `beside`: bytes that stay
     beside weights that stay; `seconds` where all weights are there, without the transformer's passes; `passes`: seconds
-    and number of those. `largest`: the size of the largest picture, as messages name it.
+    and number of those; `drafted`: how often the drafting model runs for a token. `largest`: the size of the largest
+    picture, as messages name it.
     """
 
     sizes: Sizes
     rates: Rates
     blocks: int
+    layers: int
     largest: str
     weights: Mapping[str, int]
     working: Mapping[str, int]
     beside: Mapping[str, int]
     seconds: Mapping[str, float]
     passes: tuple[tuple[float, int], ...]
+    drafted: int
 
     @staticmethod
     def of(
@@ -151,12 +157,14 @@ class Needs:
             sizes,
             rates,
             checkpoint.dit.num_layers,
+            checkpoint.ar.text.num_layers,
             f"{request.width}x{request.height}",
             {name: found.weights[name] for name in working},
             working,
             {name: found.beside.get(name, 0) for name in working},
             {name: seconds[name] for name in working},
             tuple(found.passes()),
+            found.drafted,
         )
 
     @staticmethod
@@ -171,6 +179,7 @@ class Needs:
                 beside=_joined(first.beside, other.beside, max),
                 seconds=_joined(first.seconds, other.seconds, sum),
                 passes=first.passes + other.passes,
+                drafted=first.drafted + other.drafted,
                 largest=max(first, other, key=lambda each: max(each.working.values())).largest,
             )
         return first
@@ -180,13 +189,16 @@ class Needs:
         """The phases that there are, in order."""
         return tuple(name for name in PHASES if name in self.working)
 
-    def plan(self, kept: frozenset[str], own_blocks: int, overhead_bytes: int = 0) -> Plan:
-        """The plan that keeps the weights of some phases, and gives so many blocks slots of their own."""
+    def plan(self, kept: frozenset[str], own_blocks: int, overhead_bytes: int = 0, streamed_layers: int = 0) -> Plan:
+        """The plan that keeps the weights of some phases, gives so many blocks slots of their own, and streams so many
+        layers of the drafting model."""
         own_blocks = own_blocks if self.blocks - own_blocks > STREAM_SLOTS else self.blocks
         streamed = self.blocks - own_blocks
         slots = own_blocks + STREAM_SLOTS if streamed else own_blocks
         weights = dict(self.weights)
         weights["denoise"] += slots * self.sizes.dit_slot
+        streamed_layers = streamed_layers if streamed_layers > STREAM_SLOTS else 0
+        weights["draft"] -= max(streamed_layers - STREAM_SLOTS, 0) * self.sizes.draft_slot
         staying = {name: weights[name] for name in kept if name in weights}
         beside = {name: self.beside[name] for name in staying}
         phases = tuple(
@@ -194,12 +206,12 @@ class Needs:
                 name,
                 weights[name] + sum(staying.values()) - staying.get(name, 0),
                 self.working[name],
-                self._seconds(name, name in kept, streamed),
+                self._seconds(name, name in kept, streamed, streamed_layers),
                 sum(beside.values()) - beside.get(name, 0),
             )
             for name in self.names
         )
-        return Plan(phases, frozenset(staying), own_blocks, streamed, overhead_bytes)
+        return Plan(phases, frozenset(staying), own_blocks, streamed, streamed_layers, overhead_bytes)
 
     def modes(self, overhead_bytes: int = 0) -> list[Plan]:
         """The corners between which all plans lie: everything stays; everything comes and goes; and that with all
@@ -208,8 +220,9 @@ class Needs:
         ways = ((everything, self.blocks), (nothing, self.blocks), (nothing, 0))
         return [self.plan(kept, own, overhead_bytes) for kept, own in ways]
 
-    def fastest(self, budget_bytes: int, overhead_bytes: int = 0) -> Plan:
-        """The plan of least predicted seconds that is within the budget.
+    def fastest(self, budget_bytes: int, overhead_bytes: int = 0, *, allow_slow: bool = False) -> Plan:
+        """The plan of least predicted seconds that is within the budget. Layers of the drafting model are streamed only
+        if that is allowed and nothing else fits.
 
         Raises `MemoryBudgetError` with the number that is missing.
         """
@@ -218,9 +231,12 @@ class Needs:
             for kept in self._choices
             if (own := self._most_blocks(kept, budget_bytes - overhead_bytes)) is not None
         ]
-        if not fitting:
-            raise self._refusal(budget_bytes, overhead_bytes)
-        best = min(fitting, key=lambda each: each.seconds)  # of equals the one that keeps most
+        slow = None if fitting else self._slow(budget_bytes, overhead_bytes)
+        if not fitting and (slow is None or not allow_slow):
+            raise self._refusal(budget_bytes, overhead_bytes, slow, allow_slow)
+        best = (
+            min(fitting, key=lambda each: each.seconds) if slow is None else slow
+        )  # of equals the one that keeps most
         return replace(best, spare_bytes=budget_bytes - best.peak_bytes)
 
     def next_faster(self, chosen: Plan) -> Plan | None:
@@ -236,7 +252,7 @@ class Needs:
         """What to try when memory ran out under a plan: the fastest one that takes a quarter less, or else the one that
         takes least; None behind that one."""
         least = self.plan(frozenset(), 0, given_up.overhead_bytes)
-        if not given_up.kept and given_up.own_blocks == least.own_blocks:
+        if given_up.streamed_layers or (not given_up.kept and given_up.own_blocks == least.own_blocks):
             return None
         less = 3 * given_up.peak_bytes // 4
         return least if least.peak_bytes > less else self.fastest(less, given_up.overhead_bytes)
@@ -247,19 +263,33 @@ class Needs:
         names = self.names
         return [frozenset(kept) for count in range(len(names), -1, -1) for kept in combinations(names, count)]
 
-    def _most_blocks(self, kept: frozenset[str], room_bytes: int) -> int | None:
+    def _slow(self, budget_bytes: int, overhead_bytes: int) -> Plan | None:
+        """The plan that streams as few of the drafting model's layers as the budget allows; None where none does."""
+        room = budget_bytes - overhead_bytes
+        least = self.plan(frozenset(), 0, streamed_layers=self.layers)
+        if least.peak_bytes > room or not least.streamed_layers:
+            return None
+        (draft,) = (phase for phase in least.phases if phase.name == "draft")
+        streamed = self.layers - (room - draft.peak_bytes) // self.sizes.draft_slot
+        own_blocks = self._most_blocks(frozenset(), room, streamed)
+        return None if own_blocks is None else self.plan(frozenset(), own_blocks, overhead_bytes, streamed)
+
+    def _most_blocks(self, kept: frozenset[str], room_bytes: int, streamed_layers: int = 0) -> int | None:
         """How many blocks may have a slot of their own beside weights that stay; None where not even two slots fit."""
-        bare = self.plan(kept, 0)
+        bare = self.plan(kept, 0, streamed_layers=streamed_layers)
         if bare.peak_bytes > room_bytes:
             return None
         holding = (phase for phase in bare.phases if phase.name == "denoise" or "denoise" in kept)
         more = min(room_bytes - phase.peak_bytes for phase in holding) // self.sizes.dit_slot
         return min(bare.own_blocks + more, self.blocks)
 
-    def _seconds(self, name: str, kept: bool, streamed: int) -> float:
+    def _seconds(self, name: str, kept: bool, streamed: int, streamed_layers: int) -> float:
         """Of one phase. Blocks arrive beside a pass: those that come for the phase beside the first one, streamed ones
-        beside each."""
+        beside each; and streamed layers beside each token."""
         total = self.seconds[name] + (0 if kept else self.rates.load_seconds(self.weights[name]))
+        if name == "draft" and streamed_layers:
+            arriving = streamed_layers * self.sizes.draft_slot
+            return self.drafted * self.rates.streamed_seconds(total / self.drafted, arriving)
         if name == "denoise":
             again = streamed * self.sizes.dit_slot
             arriving = again if kept else self.blocks * self.sizes.dit_slot
@@ -269,16 +299,23 @@ class Needs:
                 arriving = again
         return total
 
-    def _refusal(self, budget_bytes: int, overhead_bytes: int) -> MemoryBudgetError:
-        least = self.plan(frozenset(), 0, overhead_bytes)
+    def _refusal(
+        self, budget_bytes: int, overhead_bytes: int, slow: Plan | None, allow_slow: bool
+    ) -> MemoryBudgetError:
+        least = self.plan(frozenset(), 0, overhead_bytes, self.layers if allow_slow else 0)
         worst = max(least.phases, key=lambda phase: phase.peak_bytes)
         weights_bytes = overhead_bytes + worst.weights_bytes
+        tip = (
+            f"{_LESS.get(worst.name, 'draw a smaller picture')}, or raise --vram"
+            if weights_bytes <= budget_bytes
+            else f"raise --vram or use a smaller recipe: weights and driver take {weights_bytes / GB:.2f} GB there"
+        )
+        if slow is not None:
+            tip += f"; with --allow-slow it takes about {slow.seconds:.0f} s"
         return MemoryBudgetError(
             f"{self.largest} needs {least.peak_bytes / GB:.2f} GB of device memory in {worst.name} "
             f"and {budget_bytes / GB:.2f} GB are allowed: {(least.peak_bytes - budget_bytes) / GB:.2f} GB are missing",
-            f"{_LESS.get(worst.name, 'draw a smaller picture')}, or raise --vram"
-            if weights_bytes <= budget_bytes
-            else f"raise --vram or use a smaller recipe: weights and driver take {weights_bytes / GB:.2f} GB there",
+            tip,
         )
 
 

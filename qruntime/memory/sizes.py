@@ -49,6 +49,7 @@ class Sizes:
     vae_encoder: int
     vae_decoder: int
     draft: int
+    draft_slot: int
     dit_stem: int
     dit_blocks: int
     dit_slot: int
@@ -99,6 +100,7 @@ class Sizes:
             vae_encoder=sum(nbytes(VAE, "encoder")),
             vae_decoder=sum(nbytes(VAE, "decoder")),
             draft=sum(nbytes(AR, "layer", "head")) + codes,
+            draft_slot=max(nbytes(AR, "layer")),
             dit_stem=sum(nbytes(DIT, "stem")),
             dit_blocks=sum(blocks),
             dit_slot=max(blocks),

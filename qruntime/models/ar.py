@@ -202,7 +202,8 @@ class ArLayer:
         residual = Residual(hidden, states, norm("post_self_attn_layernorm.weight"))
         hidden, states = residual.norm(norm("post_attention_layernorm.weight"), self._eps)
         states = linear("down").sums(linear("gate_up").gated(states))
-        return Residual(hidden, states, norm("post_mlp_layernorm.weight"))
+        weight = norm("post_mlp_layernorm.weight")  # which the next layer takes
+        return Residual(hidden, states, weight.clone() if self._weights.passing else weight)
 
 
 def run(layers: Iterable[ArLayer], hidden_states: Tensor, rows: Rows, cache: KvCache) -> Residual:

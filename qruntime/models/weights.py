@@ -21,8 +21,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class Weights:
     """Views of a block over `buffer` (uint8, at least `layout.nbytes`), which may be refilled under them.
 
-    `compute_dtype` is what products are computed in; it decides how int4 weights want to lie.
+    `compute_dtype` is what products are computed in; it decides how int4 weights want to lie. `passing`: whether
+    another block takes their place as soon as this one was computed.
     """
+
+    passing = False
 
     def __init__(self, spec: BlockSpec, layout: Layout, buffer: Tensor, compute_dtype: torch.dtype) -> None:
         self.layout = layout

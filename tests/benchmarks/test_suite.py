@@ -251,7 +251,8 @@ def test_ours_is_measured_as_it_draws(inputs: Inputs, tmp_path: Path, monkeypatc
     call = arm._call
     monkeypatch.setattr(arm, "_call", lambda given, **more: (calls.append(more), call(given, **more))[1])
     arm.warm(inputs)
-    assert [("prior_token_ids" in more) for more in calls] == [False, True]  # the draft's part of warming up, too
+    given = [("prior_token_ids" in more, "progress" in more) for more in calls]
+    assert given == [(False, True), (True, False), (True, True)]  # a code, a short picture, and a step of the whole one
     drawn = arm.draw(inputs)
     units = {name: stage.units for name, stage in drawn.stages.items()}
     assert units == {"encode": 1, "draft": inputs.case.draft_tokens, "denoise": 4, "decode": 1}

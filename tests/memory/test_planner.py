@@ -117,10 +117,10 @@ def balanced(request: GenerateRequest, **options: Any) -> Needs:
     return needs_of(in_memory(configs(True), "balanced"), "BF16", request, **options)
 
 
-def chosen(needs: Needs, budget: int, overhead: int = 0) -> Plan | None:
+def chosen(needs: Needs, budget: int, overhead: int = 0, **options: Any) -> Plan | None:
     """The plan within a budget, or None where it is refused."""
     try:
-        return needs.fastest(budget, overhead)
+        return needs.fastest(budget, overhead, **options)
     except MemoryBudgetError:
         return None
 
@@ -316,6 +316,36 @@ def test_a_refusal_says_what_is_needed_and_where() -> None:
     assert refused.value.tip.startswith("shorten the prompt")  # it is what the draft's memory hangs on
     assert refused.value.exit_code == 2
     assert needs.fastest(least.peak_bytes).peak_bytes == least.peak_bytes
+
+
+@cases(share=st.floats(0, 1), overhead=st.integers(0, GB))
+def test_layers_are_streamed_where_it_is_allowed_and_nothing_else_fits(
+    model: Model, dtype: str, request: GenerateRequest, share: float, overhead: int
+) -> None:
+    needs = needs_of(model.checkpoint(), dtype, request)
+    usual = needs.modes(overhead)[-1]
+    least = needs.plan(frozenset(), 0, overhead, needs.layers)
+    assert least.peak_bytes <= usual.peak_bytes
+    assert needs.fastest(usual.peak_bytes, overhead, allow_slow=True) == needs.fastest(usual.peak_bytes, overhead)
+    with pytest.raises(MemoryBudgetError, match="are missing"):
+        needs.fastest(least.peak_bytes - 1, overhead, allow_slow=True)
+    budget = int(least.peak_bytes + share * (usual.peak_bytes - 1 - least.peak_bytes))
+    if budget >= usual.peak_bytes or not least.streamed_layers:
+        return
+    with pytest.raises(MemoryBudgetError) as refused:
+        needs.fastest(budget, overhead)
+    slow = chosen(needs, budget, overhead, allow_slow=True)
+    assert ("--allow-slow it takes about" in refused.value.tip) == (slow is not None)
+    if slow is None:  # another phase is what does not fit
+        assert usual.peak_bytes == max(p.peak_bytes for p in usual.phases if p.name != "draft") + overhead
+        return
+    assert slow.mode == "streamed"
+    assert slow.peak_bytes + slow.spare_bytes == budget
+    assert slow.seconds >= usual.seconds
+    assert "layers of the drafting model are streamed" in slow.described()
+    fewer = needs.plan(frozenset(), slow.own_blocks, overhead, slow.streamed_layers - 1)
+    assert fewer.peak_bytes > budget or fewer.streamed_layers == 0, "fewer would have fitted"
+    assert needs.stricter(slow) is None
 
 
 @cases()

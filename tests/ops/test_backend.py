@@ -78,14 +78,16 @@ def test_a_card_of_amd_does_not(card: None, monkeypatch: pytest.MonkeyPatch) -> 
     assert "NVIDIA" in str(backend.why_not_triton(CUDA, torch.bfloat16))
 
 
-def test_a_pipeline_without_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_pipeline_without_them_says_so(monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
     from qruntime.errors import QruntimeError
     from qruntime.pipeline import GlmImagePipeline
 
     monkeypatch.setattr(devices, "resolve_device", lambda name: CUDA)
     monkeypatch.setattr(devices, "compute_capability", lambda device: (7, 0))
+    monkeypatch.setattr(devices, "can_page_lock", lambda device: locks)
     said: list[str] = []
     with pytest.raises(QruntimeError):
         GlmImagePipeline.from_pretrained("no-such-folder/at/all", announce=said.append)
-    assert len(said) == 1
     assert "7.0" in said[0]
+    assert ["page-locked" in text for text in said[1:]] == ([] if locks else [True])
