@@ -231,12 +231,12 @@ class Needs:
             for kept in self._choices
             if (own := self._most_blocks(kept, budget_bytes - overhead_bytes)) is not None
         ]
-        slow = None if fitting else self._slow(budget_bytes, overhead_bytes)
-        if not fitting and (slow is None or not allow_slow):
-            raise self._refusal(budget_bytes, overhead_bytes, slow, allow_slow)
-        best = (
-            min(fitting, key=lambda each: each.seconds) if slow is None else slow
-        )  # of equals the one that keeps most
+        best = min(fitting, key=lambda each: each.seconds, default=None)  # of equals the one that keeps most
+        if best is None:
+            slow = self._slow(budget_bytes, overhead_bytes)
+            if slow is None or not allow_slow:
+                raise self._refusal(budget_bytes, overhead_bytes, slow, allow_slow)
+            best = slow
         return replace(best, spare_bytes=budget_bytes - best.peak_bytes)
 
     def next_faster(self, chosen: Plan) -> Plan | None:
