@@ -242,7 +242,8 @@ def _generate(args: argparse.Namespace, reporter: Reporter) -> int:
         given_up, plan = out.stats["plan_given_up"], out.stats["plan"]
         reporter.event("note", f"memory ran out under the plan '{given_up}': drawn under '{plan}', the same picture")
     stages = ", ".join(f"{name} {stage['seconds']:.1f} s" for name, stage in out.stats["stages"].items())
-    reporter.event("stats", f"seed {out.seed}, {seconds:.1f} s ({stages})", **out.stats)
+    words = out.stats["plan_in_words"]
+    reporter.event("stats", f"seed {out.seed}, {seconds:.1f} s ({stages}); {words}", **out.stats)
     reporter.result("\n".join(files), files=files, seed=out.seed, seconds=seconds, stats=out.stats)
     return 0
 

@@ -314,6 +314,7 @@ class GlmImagePipeline:
         stats: dict[str, Any] = {
             "stages": events.stats,
             "plan": chosen.mode,
+            "plan_in_words": chosen.described(),
             "kept": sorted(chosen.kept),
             "streamed_blocks": chosen.streamed_blocks,
             "streamed_layers": chosen.streamed_layers,

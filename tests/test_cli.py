@@ -262,6 +262,7 @@ def test_generate_in_json(call: Call, official: Folder) -> None:
     assert run.result["files"] == ["out.png", "out_1.png"]
     assert run.result["seconds"] >= sum(stage["seconds"] for stage in run.result["stats"]["stages"].values())
     assert run.result["stats"]["plan"] in MODES
+    assert run.result["stats"]["plan_in_words"] in next(e["text"] for e in run.events if e["event"] == "stats")
 
 
 def test_a_seed_that_was_not_given_is_told(call: Call, official: Folder) -> None:

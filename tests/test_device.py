@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_the_cpu_counts_no_memory() -> None:
     devices.synchronize(CPU)
     with pytest.raises(InputError, match="how much memory is free"):
         devices.available_bytes(CPU, 0)
+
+
+@pytest.mark.parametrize(("system", "growing"), [("linux", True), ("win32", False)])
+def test_a_claimed_device_is_capped(monkeypatch: pytest.MonkeyPatch, system: str, growing: bool) -> None:
+    """At a share of all its memory, which is how torch wants it; tensors share memory where the system can do that."""
+    shares: list[float] = []
+    settings: list[str] = []
+    monkeypatch.setattr(devices.sys, "platform", system)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    for budget in (None, 20 * 10**9, 100 * 10**9, -1):
+        devices.claim_memory(torch.device("cuda", 0), budget)
+    assert shares == [0.25, 1.0, 0.0]
+    assert settings == (["expandable_segments:True"] * 4 if growing else [])
 
 
 def test_copies_on_the_cpu_run_in_order() -> None:

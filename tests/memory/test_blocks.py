@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -609,6 +610,61 @@ def test_only_the_streamed_kind_is_kept(quantised: Folder, bus: SimpleNamespace)
     assert not blocks._loader._on_host
     passed(blocks)
     assert blocks._loader._on_host.keys() == {spec.name for spec in blocks._specs}
+
+
+class Clock:
+    """A queue whose marks are counted, and which of them were waited for."""
+
+    def __init__(self) -> None:
+        self.time = 0
+        self.waited: list[object] = []
+
+    def mark(self) -> int:
+        self.time += 1
+        return self.time
+
+    @contextmanager
+    def copying(self, after: int | None) -> Iterator[None]:
+        yield
+
+    def compute_after(self, mark: object | None) -> None:
+        self.waited.append(mark)
+
+    def wait_on_host(self, mark: object | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("own", [0, 1, 2, None])
+def test_copies_and_products_wait_for_each_other(
+    quantised: Folder, monkeypatch: pytest.MonkeyPatch, own: int | None
+) -> None:
+    """A slot is filled once what was in it is computed, and computed from once it is filled."""
+    blocks = streamed_over(quantised("mixed"))
+    blocks.stream(own)
+    clock = Clock()
+    monkeypatch.setattr(blocks._loader, "queue", clock)
+    load = Blocks._load
+    loads: dict[int, list[tuple[int, object | None]]] = {}  # of a slot: the block, and the mark behind its copy
+
+    def spy(self: Blocks[Weights], slot: Any, index: int) -> None:
+        before, free = slot.index, slot.free
+        load(self, slot, index)
+        if before != index:
+            computed = finished.get(id(slot))
+            assert free == computed or computed is None, "filled before what was in it was computed"
+            loads.setdefault(id(slot), []).append((index, slot.ready))
+
+    monkeypatch.setattr(Blocks, "_load", spy)
+    finished: dict[int, int] = {}
+    for _ in range(3):
+        for index, weights in enumerate(blocks):
+            (slot,) = (each for each in blocks._slots if each.module is weights)
+            block, ready = loads[id(slot)][-1]
+            assert block == index
+            assert ready in clock.waited, "computed before it was filled"
+            if index in blocks._streamed:
+                finished[id(slot)] = clock.time + 1
+    assert sum(map(len, loads.values())) >= 5 + 2 * blocks.streamed
 
 
 def test_slots_are_given_back_behind_the_copies_into_them(quantised: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
