@@ -325,10 +325,10 @@ def _picture_and_steps(row: Row) -> str:
 
 
 def _what_stays(row: Row) -> str:
-    """The phases whose weights stay, in words."""
-    if row.get("plan") == "resident":
-        return "all"
+    """The phases whose weights stay, in words; of the transformer's, those that are not streamed."""
     kept = row.get("kept")
+    if row.get("plan") == "resident" or (kept and len(kept) == len(row.get("predicted_phases", ()))):
+        return "all"
     if kept is None:
         return ""
     return ", ".join(name for name in PHASES if name in kept) or "nothing"

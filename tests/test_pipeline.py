@@ -812,8 +812,8 @@ def test_the_call_has_the_arguments_of_the_interface() -> None:
 @pytest.fixture
 def weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan as if weights were all: in a tiny model they are nothing beside the working memory."""
-    working = Estimate.working
-    monkeypatch.setattr(Estimate, "working", lambda self: dict.fromkeys(working(self), 1))
+    working = Estimate.working.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Estimate, "working", property(lambda self: dict.fromkeys(working(self), 1)))
     monkeypatch.setattr(Estimate, "beside", {"draft": 1, "denoise": 1})
 
 

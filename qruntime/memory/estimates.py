@@ -26,9 +26,9 @@ _PREFILL_WIDTHS = 7  # likewise
 _DRAFT_BYTES = 15 * 10**6  # logits, graph and tables
 _DENOISE_WIDTHS = 13.0  # tensors of [sequence, width]
 _FUSED_WIDTHS = 7.2  # where a block runs in its W8A8 kernels, in the middle of the MLP,
-_GAP_BYTES, _GAPS = 60 * 10**6, 1.1  # between tensors of many sizes: some, and in proportion to what a block needs,
-_VAE_GAPS, _SOURCE_GAPS = 1.2, 1.05  # to what the autoencoder needs, and to keys and values of sources
 _ATTENTION_WIDTHS = 5.0  # and in attention, beside keys and values that are joined with those of sources
+_GAP_BYTES, _GAPS = 60 * 10**6, 1.1  # between tensors of many sizes: some, and in proportion to what a block needs,
+_SOURCE_GAPS, _VAE_GAPS = 1.05, 1.2  # to keys and values of sources, and to what the autoencoder needs
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Estimate:
             "decode": sizes.vae_decoder,
         }
 
+    @property
     def working(self) -> dict[str, int]:
         """Beside the weights, by phase; phases that the request has not are left out."""
         found = {"encode text": self._glyph_bytes()}
@@ -139,6 +140,7 @@ class Estimate:
 
     # Seconds
 
+    @property
     def seconds(self) -> dict[str, float]:
         """By phase, all weights being there; denoising without its passes."""
         sizes, rates, request = self.sizes, self.rates, self.request
@@ -160,6 +162,7 @@ class Estimate:
             "decode": rates.seconds("vae", sizes.decoded_latent * decoded, sizes.vae_decoder),
         }
 
+    @property
     def passes(self) -> Iterator[tuple[float, int]]:
         """Seconds and number of the transformer's passes: one over each source, then the steps of every picture.
 

@@ -151,20 +151,20 @@ class Needs:
             rates: what the card reaches.
         """
         sides = list(source_sides) or [(request.height, request.width)] * len(request.images)
-        found = Estimate(checkpoint, sizes, request, lengths, sides, kernels, rates)
-        working, seconds = found.working(), found.seconds()
+        estimate = Estimate(checkpoint, sizes, request, lengths, sides, kernels, rates)
+        working, weights, beside, seconds = estimate.working, estimate.weights, estimate.beside, estimate.seconds
         return Needs(
-            sizes,
-            rates,
-            checkpoint.dit.num_layers,
-            checkpoint.ar.text.num_layers,
-            f"{request.width}x{request.height}",
-            {name: found.weights[name] for name in working},
-            working,
-            {name: found.beside.get(name, 0) for name in working},
-            {name: seconds[name] for name in working},
-            tuple(found.passes()),
-            found.drafted,
+            sizes=sizes,
+            rates=rates,
+            blocks=checkpoint.dit.num_layers,
+            layers=checkpoint.ar.text.num_layers,
+            largest=f"{request.width}x{request.height}",
+            weights={name: weights[name] for name in working},
+            working=working,
+            beside={name: beside.get(name, 0) for name in working},
+            seconds={name: seconds[name] for name in working},
+            passes=tuple(estimate.passes),
+            drafted=estimate.drafted,
         )
 
     @staticmethod

@@ -160,6 +160,14 @@ def budgeted(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "rows": rows}
 
 
+def test_all_that_stays_is_called_all() -> None:
+    phases = {"encode text": 1, "draft": 2, "denoise": 3, "decode": 4}
+    row = {"plan": "streamed", "kept": list(phases), "streamed_blocks": 8, "predicted_phases": phases}
+    assert tables._what_stays(row) == "all"
+    assert tables._what_stays({**row, "kept": ["draft", "decode"]}) == "draft, decode"
+    assert tables._what_stays({**row, "kept": []}) == "nothing"
+
+
 def test_budgets_say_what_stays_and_what_that_costs(budgeted: dict[str, Any]) -> None:
     made = cells(tables.budgets(budgeted))
     ours, ring = "qruntime `balanced`", "qruntime-ring `balanced`, 6 GB"
