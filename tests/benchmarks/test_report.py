@@ -101,6 +101,13 @@ def test_the_summary_is_against_the_reference_of_the_same_picture(results: dict[
     assert speeds == {("512x512", ours): "", ("1024x1024", "reference"): "", ("1024x1024", ours): faster}
 
 
+def test_no_arm_is_compared_with_a_reference_of_another_file(results: dict[str, Any]) -> None:
+    alone = [row for row in results["rows"] if row["arm"] != "reference"]
+    reference = [row for row in results["rows"] if row["arm"] == "reference"]
+    made = cells(tables.summary([{**results, "rows": alone}, {**results, "rows": reference}]))
+    assert not any(row.get("times as fast as the reference") for row in made)
+
+
 def test_columns_without_a_value_are_left_out(results: dict[str, Any]) -> None:
     header = tables.pictures([results]).header
     assert "process" in header
