@@ -17,7 +17,7 @@ from ..ops import MAX_ROWS, MPS_SCORES
 from ..request import SIZE_MULTIPLE, GenerateRequest
 from .blocks import STREAM_SLOTS
 from .rates import Rates
-from .sizes import Operations, Sizes
+from .sizes import Operations, Piece, Sizes
 
 PHASES = ("encode text", "encode codes", "encode latents", "draft", "denoise", "decode")
 
@@ -103,9 +103,12 @@ class Estimate:
         return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * self.sizes.element_bytes
 
     def _draft_bytes(self) -> int:
-        """The MLP of the prompt's run: its middle whole, its products and their written-out weights in pieces."""
+        """The MLP of the prompt's run: its middle whole, its products and their written-out weights in pieces; without
+        kernels whole as well, and the scores of attention."""
         text, read, element = self.checkpoint.ar.text, self._read, self.sizes.element_bytes
-        piece = self.sizes.draft_piece
+        widest = 2 * text.intermediate_size
+        whole = Piece(widest * text.hidden_size * element, widest)
+        piece = self.sizes.draft_piece if self.kernels else whole
         prefill = read * (_PREFILL_WIDTHS * text.hidden_size + text.intermediate_size + piece.columns) * element
         scores = 0 if self.kernels else min(text.num_heads * read * cache_capacity(read), MPS_SCORES) * element
         return self._cache_bytes() + prefill + scores + piece.nbytes + _DRAFT_BYTES

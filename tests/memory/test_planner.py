@@ -403,6 +403,7 @@ def test_without_kernels_more_is_written_out() -> None:
     with_kernels, without = (balanced(GenerateRequest(prompt=""), kernels=each) for each in (True, False))
     for name in ("draft", "denoise"):
         assert without.working[name] > with_kernels.working[name]
+    assert without.working["draft"] > 2 * 13696 * 4096 * 2 + with_kernels.beside["draft"]  # the widest matrix in bf16
 
 
 # --- Seconds ----------------------------------------------------------------------------------------------------------
