@@ -1,6 +1,6 @@
 """What the device does during a few steps: products and copies side by side, as a picture.
 
-    python -m benchmarks.trace MODEL --out trace.png
+    python -m benchmarks.trace MODEL --out trace.png        and its figures in trace.json
 
 All blocks of the transformer are streamed, whatever the device could hold: the copies from the host are to run beside
 the products, and no product is to wait for one. The same steps with all weights in place are timed in the same run.
@@ -26,6 +26,7 @@ from qruntime.memory.planner import Needs, Plan
 from qruntime.pipeline import GlmImagePipeline
 
 from .charts import STYLE
+from .measure import git_commit, machine
 
 STEPS, FIRST, SHOWN = 6, 3, 2  # drawn in all; the first that is shown, and how many are
 _COPY = "memcpy htod"
@@ -159,7 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"{streamed['ms_per_step']:.1f} ms a step, {slower:+.1%} ({shares})"
     )
     chart(spans, ends, title, args.out)
-    print(json.dumps({"resident": resident, "streamed": streamed}))
+    command = f"python -m benchmarks.trace {args.model} --size {args.size}"
+    found = {"machine": machine(device, pipe.dtype, git_commit(), command), "resident": resident, "streamed": streamed}
+    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print(json.dumps(found))
     return 0
 
 

@@ -304,11 +304,12 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
         }
 
     corners = needs.modes(overhead)
+    modes = [told(plan) for plan in corners]
     lines = [f"{args.model}: recipe {checkpoint.recipe}, {width}x{height}, bf16 on CUDA, gigabytes of 10^9 bytes", ""]
-    lines += _plan_table(corners, [told(plan)["seconds_h100"] for plan in corners])
+    lines += _plan_table(corners, [mode["seconds_h100"] for mode in modes])
     fields: dict[str, Any] = {
         "overhead_bytes": overhead,
-        "modes": [told(plan) for plan in corners],
+        "modes": modes,
         "chosen": None,
         "next": None,
     }
@@ -322,7 +323,7 @@ def _plan(args: argparse.Namespace, reporter: Reporter) -> int:
         except MemoryBudgetError as error:
             code = error.exit_code
             lines[-1] += f"nothing fits. {error}"
-            fields["missing_bytes"] = min(plan.peak_bytes for plan in corners) - budget
+            fields["missing_bytes"] = error.missing_bytes
         else:
             fields["chosen"] = told(chosen)
             lines[-1] += f"{chosen.mode}, {chosen.described()}"

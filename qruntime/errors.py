@@ -29,7 +29,11 @@ class CheckpointError(InputError):
 
 
 class MemoryBudgetError(InputError):
-    """The request does not fit the memory it was given."""
+    """The request does not fit the memory it was given: `missing_bytes` more are needed."""
+
+    def __init__(self, message: str, tip: str, missing_bytes: int) -> None:
+        super().__init__(message, tip)
+        self.missing_bytes = missing_bytes
 
 
 class Cancelled(QruntimeError):

@@ -34,9 +34,7 @@ from .media import fit_source, load_picture, to_pil, to_vae_input, to_vision_pat
 from .memory.estimates import Lengths
 from .memory.parts import Parts
 from .memory.planner import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, GB, Needs, Plan
-from .memory.sizes import Sizes
 from .models import dit, vision
-from .models.weights import DTYPE_NAMES
 from .prompt import ArPrompt, PromptTokenizer, glyph_ids, glyph_texts
 from .request import MAX_SEED, SIZE_MULTIPLE, GenerateRequest
 
@@ -167,7 +165,7 @@ class GlmImagePipeline:
         quoted = tuple(map(len, glyph_ids(glyph_texts(request.prompt))))
         return Needs.of(
             self.checkpoint,
-            Sizes.of(self.checkpoint, DTYPE_NAMES[self.dtype]),
+            self._parts.sizes,
             request,
             lengths=Lengths(len(prompt.ids) - sum(rows * columns for rows, columns in grids), quoted),
             source_sides=sides,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,10 @@ from .. import device as devices
 from ..checkpoint.reader import Checkpoint
 from ..errors import CheckpointError
 from ..models import ar, dit, glyph, vae, vision
-from ..models.weights import Weights
+from ..models.weights import DTYPE_NAMES, Weights
 from .blocks import Blocks, Loader, Ring
 from .planner import Plan
+from .sizes import Sizes
 
 _ROWS_AT_ONCE = 2048  # of a table, while they are checked
 KEPT_SLACK_BYTES = 128 * 2**20  # a graph's own memory and tables of some kilobytes, which no plan counts
@@ -81,6 +83,11 @@ class Parts:
         self._kept: dict[str, _Kept] = {}
         self._phase = ""
         self._staying: frozenset[str] = frozenset()
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the parts take, and the operations of a row through them."""
+        return Sizes.of(self.checkpoint, DTYPE_NAMES[self.dtype])
 
     @property
     def _all(self) -> list[Blocks[Any]]:

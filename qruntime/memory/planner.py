@@ -312,10 +312,12 @@ class Needs:
         )
         if slow is not None:
             tip += f"; with --allow-slow it takes about {slow.seconds:.0f} s"
+        missing_bytes = least.peak_bytes - budget_bytes
         return MemoryBudgetError(
             f"{self.largest} needs {least.peak_bytes / GB:.2f} GB of device memory in {worst.name} "
-            f"and {budget_bytes / GB:.2f} GB are allowed: {(least.peak_bytes - budget_bytes) / GB:.2f} GB are missing",
+            f"and {budget_bytes / GB:.2f} GB are allowed: {missing_bytes / GB:.2f} GB are missing",
             tip,
+            missing_bytes,
         )
 
 

@@ -49,10 +49,6 @@ class Weights:
     def linears(self) -> dict[str, Linear]:
         return self._linears
 
-    @property
-    def needs_packing(self) -> bool:
-        return any(linear.needs_packing for linear in self._linears.values())
-
     def pack(self) -> None:
         """Bring a slot that was filled as the file has it into the form that its products want."""
         for linear in self._linears.values():

@@ -164,8 +164,8 @@ def test_packing_keeps_to_its_parts(scheme: Scheme) -> None:
         pytest.skip(f"{devices.device_name(torch.device('cpu'))} has no bf16 product of int4")
     spec = block_of(scheme, (16, 16, 16), 256, True)
     weights, alone = filled(spec, scheme, torch.bfloat16)
-    assert weights.needs_packing
-    assert not Weights(spec, weights.layout, weights.buffer, torch.float32).needs_packing
+    assert weights.linear("fused").needs_packing
+    assert not Weights(spec, weights.layout, weights.buffer, torch.float32).linear("fused").needs_packing
     before = weights.buffer.clone()
     packed = packed_copy(spec, weights, torch.bfloat16)
     assert torch.equal(weights.buffer, before), "the staging copy is read only"
