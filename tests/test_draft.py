@@ -154,7 +154,8 @@ def test_pictures_over_plain_weights_follow_each_other(by_kernels: None) -> None
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are captured on CUDA")
 def test_a_captured_token_is_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, order = parts_in(torch.bfloat16), order_of(range(2), 40, torch.bfloat16)
+    """Over as many codes as a picture of 1024x1024 and its preview have."""
+    parts, order = parts_in(torch.bfloat16), order_of(range(2), 32 * 32 + 16 * 16, torch.bfloat16)
     captured, _ = drafted(parts, order)
     monkeypatch.setattr(drafting.devices, "capture", lambda device, work: work)
     eager, _ = drafted(parts, order)
