@@ -135,7 +135,7 @@ class Decoder:
         self._hidden = torch.zeros(pictures, self._config.hidden_size, dtype=parts.dtype, device=device)
         self.codes = torch.zeros(pictures, capacity, dtype=torch.long, device=device)
         self._sums = torch.empty(0, device=device)
-        self._replay = self._token if layers.streamed else devices.capture(device, self._token)
+        self._graph = None if layers.streamed else devices.capture(device, self._token)
 
     def read(self, order: Order) -> Tensor:
         """Run an order's prompt into the cache of every picture: logits of the first code as sums
@@ -159,10 +159,11 @@ class Decoder:
         self._steps.zero_()
         first = first.expand(-1, self._steps.shape[0], -1).contiguous()
         self._sample(first)
+        one_further = self._graph or self._token  # not kept: an object that holds its own method outlives its last user
         marks: deque[object | None] = deque()
         advanced = 0
         for token in range(1, count):
-            self._replay()
+            one_further()
             if token % WINDOW == 0:
                 marks.append(self._queue.mark())
                 if len(marks) > 1:

@@ -5,6 +5,8 @@ The model is random and small, but wide enough for the kernels: 128 features, in
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -190,7 +192,20 @@ def test_streamed_layers_draft_the_same(by_kernels: None, monkeypatch: pytest.Mo
     resident = drafted(parts, order)
     parts.ar_layers = Passing(parts.ar_layers)
     monkeypatch.setattr(drafting.devices, "capture", None)
-    streamed = drafted(parts, order)
+    made: list[weakref.ref[Decoder]] = []
+
+    def keep(name: str, key: object, make: Any) -> Decoder:
+        decoder: Decoder = make()
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    parts.keep = keep
+    gc.disable()
+    try:
+        streamed = drafted(parts, order)
+        assert made[0]() is None, "its cache and the head's weights would stay behind"
+    finally:
+        gc.enable()
     for found, wanted in zip(streamed, resident, strict=True):
         assert torch.equal(found, wanted)
 
