@@ -121,9 +121,8 @@ class Parts:
         for blocks in self._all:
             blocks.watch(before_block)
         devices.release_cached(self.device)
-        for blocks in (blocks for name in plan.kept for blocks in self._of_phase[name]):
-            if blocks is not self.dit_adaln:  # whose slots are no weights that stay
-                blocks.make_slots()
+        for name in plan.kept:
+            self._make_slots(name)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -133,6 +132,7 @@ class Parts:
         """
         self._phase = name
         try:
+            self._make_slots(name)
             yield
         finally:
             if name not in self._staying:
@@ -147,6 +147,12 @@ class Parts:
             self._release(name)
         self._kept.clear()
         devices.release_cached(self.device)
+
+    def _make_slots(self, phase: str) -> None:
+        """Take the memory of a phase's weights in one go, so that what is computed meanwhile leaves no gaps there."""
+        for blocks in self._of_phase[phase]:
+            if blocks is not self.dit_adaln:  # whose weights pass before the blocks run
+                blocks.make_slots()
 
     def _release(self, phase: str) -> None:
         """Give a phase's weights back, and what was built over them; tensors go to the host."""

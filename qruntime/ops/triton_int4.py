@@ -37,15 +37,17 @@ def _dequantize_kernel(
     out_ptr,
     first,
     count,
+    apart,
     N,
     WORDS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Rows first..first+count of N."""
+    """Rows first..first+count of N, and as many again at every multiple of `apart` behind them."""
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None, None]
-    n = first + row
+    run = tl.program_id(2)
+    n = run * apart + first + row
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
     word = n * WORDS + group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
     inside = (row < count) & (group < WORDS // GROUP_WORDS)
@@ -56,26 +58,28 @@ def _dequantize_kernel(
     first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
     second = tl.join(_pair(words, 1, scale, zero), _pair(words, 3, scale, zero))
     pairs = tl.reshape(tl.join(first, second), (BLOCK_N, GROUPS, GROUP_WORDS * 4))
-    pair = row * WORDS * 4 + group * GROUP_WORDS * 4 + tl.arange(0, GROUP_WORDS * 4)[None, None, :]
+    pair = (run * count + row) * WORDS * 4 + group * GROUP_WORDS * 4 + tl.arange(0, GROUP_WORDS * 4)[None, None, :]
     tl.store(out_ptr + pair, pairs, mask=inside)
 
 
 def dequantize_int4(q: Tensor, scale_zero: Tensor, first: int = 0, out: Tensor | None = None) -> Tensor:
     """bf16 [N, K] from the parts of an int4 matrix in the form `torch_int4.TRITON`; the bits of the plain one.
 
-    With `out` [count, K], the rows from `first` on that fill it.
+    With `out` [runs, count, K], the matrix is as many equal parts: `count` rows of each, from its row `first` on, fill
+    a run.
     """
     n, half_k = q.shape
     groups = scale_zero.shape[0]
     if out is None:
-        out = torch.empty(n - first, 2 * half_k, dtype=torch.bfloat16, device=q.device)
-    count = out.shape[0]
-    _dequantize_kernel[triton.cdiv(count, _BLOCK_N), triton.cdiv(groups, _GROUPS)](
+        out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
+    runs, count, _ = out.view(-1, *out.shape[-2:]).shape
+    _dequantize_kernel[triton.cdiv(count, _BLOCK_N), triton.cdiv(groups, _GROUPS), runs](
         q.view(torch.int32),
         scale_zero.view(torch.int32),
         out.view(torch.int32),
         first,
         count,
+        n // runs,
         n,
         WORDS=half_k // 4,
         GROUP_WORDS=half_k // 4 // groups,
@@ -95,7 +99,7 @@ def linear_int4(x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
     for part, weight in zip(parts, _buffers(parts, k, x), strict=True):
-        dequantize_int4(q, scale_zero, part.start, weight)
+        dequantize_int4(q, scale_zero, part.start, weight[None])
         if bias is None:
             torch.mm(rows, weight.T, out=y[:, part])
         else:
@@ -109,10 +113,8 @@ def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     parts = pieces(half, 2 * k)
     y = x.new_empty(x.shape[0], half)
     for part, both in zip(parts, _buffers(parts, 2 * k, x), strict=True):
-        weight = both.view(2, -1, k)
-        dequantize_int4(q, scale_zero, part.start, weight[0])
-        dequantize_int4(q, scale_zero, half + part.start, weight[1])
-        silu_product(torch.mm(x, weight.flatten(0, 1).T), out=y[:, part])
+        dequantize_int4(q, scale_zero, part.start, both.view(2, -1, k))
+        silu_product(torch.mm(x, both.view(-1, k).T), out=y[:, part])
     return y
 
 

@@ -710,3 +710,18 @@ def test_what_is_kept_is_counted_without_the_weights_it_loads(
     monkeypatch.setattr("qruntime.memory.parts.KEPT_SLACK_BYTES", 999 - max(p.kept_bytes for p in plan.phases))
     parts.follow(plan, lambda: None)
     assert parts.keep("thing", 1, lambda: "another") == "another", "more was kept than a plan counts"
+
+
+@pytest.mark.parametrize("mode", range(len(MODES)))
+def test_a_phase_takes_its_slots_before_it_computes(quantised: Folder, mode: int) -> None:
+    """AdaLN weights alone take none: they pass before the blocks run."""
+    pipe = GlmImagePipeline.from_pretrained(quantised("mixed"), device="cpu")
+    parts, request = pipe._parts, GenerateRequest(prompt="a", images=("a.png",), height=64, width=64)
+    plan = Needs.of(pipe.checkpoint, parts.sizes, request).modes()[mode]
+    parts.follow(plan, lambda: None)
+    for phase in plan.phases:
+        with parts.phase(phase.name):
+            for blocks in parts._of_phase[phase.name]:
+                slots = STREAM_SLOTS if blocks.streamed else len(blocks)
+                assert blocks.live_slots == (0 if blocks is parts.dit_adaln else slots)
+        assert (parts.held_bytes > 0) == (phase.name in plan.kept)

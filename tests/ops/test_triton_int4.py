@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qruntime.ops import reference
-from qruntime.ops.pieces import PIECE_BYTES, pieces
+from qruntime.ops.pieces import PIECE_BYTES, ROWS_MULTIPLE, pieces
 from qruntime.quant.scheme import Scheme
 
 from ..kernels import DEVICE
@@ -26,6 +26,7 @@ rows_a_piece = pytest.mark.parametrize("rows", [1, 7, 1000])
 def cut(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
     """Have so many rows of a matrix written out at a time."""
     monkeypatch.setattr("qruntime.ops.pieces.PIECE_BYTES", 2 * rows * columns)
+    monkeypatch.setattr("qruntime.ops.pieces.ROWS_MULTIPLE", 1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4096, 13696])
@@ -35,7 +36,8 @@ def test_pieces_are_all_rows_once(rows: int, columns: int) -> None:
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
     lengths = [part.stop - part.start for part in parts]
     assert max(lengths) == lengths[0]
-    assert 2 * max(lengths) * columns <= PIECE_BYTES + 2 * columns
+    assert 2 * max(lengths) * columns <= PIECE_BYTES + ROWS_MULTIPLE * 2 * columns
+    assert all(length % ROWS_MULTIPLE == 0 for length in lengths[:-1])
     assert len(parts) == 1 or 2 * rows * columns > PIECE_BYTES
 
 
@@ -46,8 +48,19 @@ def test_some_rows_written_out(first: int, count: int, group_size: int) -> None:
     (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 19, 640)
     whole = triton_int4.dequantize_int4(q, scale_zero)
     around = torch.full((count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    triton_int4.dequantize_int4(q, scale_zero, first, around[1:-1])
+    triton_int4.dequantize_int4(q, scale_zero, first, around[None, 1:-1])
     assert torch.equal(around[1:-1], whole[first : first + count])
+    assert (around[[0, -1]] == 7).all()
+
+
+@int4
+@pytest.mark.parametrize(("first", "count"), [(0, 9), (0, 5), (3, 6), (8, 1)])
+def test_some_rows_of_each_half_written_out(first: int, count: int, group_size: int) -> None:
+    (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 18, 640)
+    halves = triton_int4.dequantize_int4(q, scale_zero).view(2, 9, 640)
+    around = torch.full((2 * count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    triton_int4.dequantize_int4(q, scale_zero, first, around[1:-1].view(2, count, 640))
+    assert torch.equal(around[1:-1].view(2, count, 640), halves[:, first : first + count])
     assert (around[[0, -1]] == 7).all()
 
 
