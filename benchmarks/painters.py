@@ -79,7 +79,7 @@ class Ours:
         """The codes that the pipeline drafts for a seed, the preview's and then the target's, int64 [N]."""
         built, request = self._build(prompt), GenerateRequest
         choice = Choice(request.temperature, self._config.top_k or None, request.top_p)
-        order = Order.of(self._parts, built, torch.tensor(built.ids), [seed], choice)
+        order = Order.of(self._parts.device, built, torch.tensor(built.ids), [seed], choice)
         events = Events()
         with events.stage("draft", order.uniforms.numel()):
             codes, _ = draft(self._parts, order, events)

@@ -9,7 +9,7 @@ pictures follow each other, one operation at a time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,26 +38,26 @@ class Choice:
 class Order:
     """What is to be drafted.
 
-    `prompt`: embedded tokens [T, hidden]; `positions` int64 [3, T] of them and `code_positions` int64 [3, count] of the
-    codes; `uniforms` float32 [pictures, count].
+    `ids`: the prompt's tokens [T], on the host, those of source pictures among them; `positions` int64 [3, T] of them
+    and `code_positions` int64 [3, count] of the codes; `uniforms` float32 [pictures, count].
     """
 
-    prompt: Tensor
+    ids: Tensor
     positions: Tensor
     code_positions: Tensor
     uniforms: Tensor
     choice: Choice
 
     @staticmethod
-    def of(parts: Parts, prompt: ArPrompt, ids: Tensor, seeds: Sequence[int], choice: Choice) -> Order:
+    def of(device: torch.device, prompt: ArPrompt, ids: Tensor, seeds: Sequence[int], choice: Choice) -> Order:
         """A picture a seed behind a prompt whose tokens are `ids` [T] on the host: its own, with the codes of source
         pictures in their places."""
         count = prompt.preview_tokens + prompt.target_tokens
         return Order(
-            prompt=parts.embed_text(ids),
-            positions=torch.tensor(prompt.positions, device=parts.device),
-            code_positions=torch.tensor(prompt.decode_positions, device=parts.device),
-            uniforms=torch.stack([sampling.uniforms(seed, count) for seed in seeds]).to(parts.device),
+            ids=ids,
+            positions=torch.tensor(prompt.positions, device=device),
+            code_positions=torch.tensor(prompt.decode_positions, device=device),
+            uniforms=torch.stack([sampling.uniforms(seed, count) for seed in seeds]).to(device),
             choice=choice,
         )
 
@@ -69,10 +69,11 @@ def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
     head = parts.ar_head.single().linear("lm_head")
     together = head.takes_few_rows and all(layer.takes_few_rows for layer in parts.ar_layers)
     pictures = min(order.uniforms.shape[0], ops.MAX_ROWS if together else 1)
-    capacity = ar.cache_capacity(len(order.prompt) + order.uniforms.shape[1])
+    capacity = ar.cache_capacity(len(order.ids) + order.uniforms.shape[1])
     made_for = pictures, capacity, order.choice
     decoder = parts.keep("decoder", made_for, lambda: Decoder(parts, *made_for))
-    first = decoder.read(order)
+    first = decoder.read(parts.embed_text(order.ids), order)
+    decoder.prepare(parts)
     codes, logits = [], []
     for uniforms in order.uniforms.split(pictures):
         last = decoder.write(first, uniforms, events)
@@ -83,11 +84,12 @@ def draft(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
 
 def _one_by_one(parts: Parts, order: Order, events: Events) -> tuple[Tensor, Tensor]:
     config, choice = parts.checkpoint.ar, order.choice
-    layers, head, table = parts.ar_layers, parts.ar_head.single(), parts.code_table()
-    prompt, (pictures, count) = len(order.prompt), order.uniforms.shape
+    layers, head = parts.ar_layers, parts.ar_head.single()
+    prompt, (pictures, count) = len(order.ids), order.uniforms.shape
     cache = ar.KvCache.allocate(config.text, prompt + count, parts.dtype, parts.device)
-    read = ar.run_span(layers, config.text, order.prompt, order.positions, cache, 0)
+    read = ar.run_span(layers, config.text, parts.embed_text(order.ids), order.positions, cache, 0)
     first = ar.logits(head, config.text, read.last())
+    table = parts.code_table()
     codes = torch.empty(pictures, count, dtype=torch.long, device=parts.device)
     last = []
     for own_codes, uniforms in zip(codes, order.uniforms, strict=True):
@@ -118,13 +120,15 @@ class Decoder:
     [pictures, capacity], `steps` (how many codes each picture has), and the hidden states of their newest codes. The
     graph holds the addresses of the weights too, so a decoder goes when they go. Layers that are streamed have no
     addresses: then nothing is captured, and every token runs as the graph would.
+
+    `read` a prompt, `prepare` at least once, then `write`, as often as there are pictures for.
     """
 
     def __init__(self, parts: Parts, pictures: int, capacity: int, choice: Choice) -> None:
         device, self._config, self._choice = parts.device, parts.checkpoint.ar.text, choice
         layers, self._head = parts.ar_layers, parts.ar_head.single()
         self._layers: Iterable[ar.ArLayer] = layers if layers.streamed else list(layers)
-        self._table = parts.code_table()
+        self._graph: Callable[[], None] | None = None
         self._queue = devices.CopyQueue(device)
         self._cache = ar.KvCache.allocate(self._config, capacity, parts.dtype, device, pictures)
         self._cos, self._sin = torch.zeros(2, capacity, self._config.rotary_dim, device=device)
@@ -134,19 +138,28 @@ class Decoder:
         self._written = torch.zeros_like(self._steps)
         self._hidden = torch.zeros(pictures, self._config.hidden_size, dtype=parts.dtype, device=device)
         self.codes = torch.zeros(pictures, capacity, dtype=torch.long, device=device)
-        self._sums = torch.empty(0, device=device)
-        self._graph = None if layers.streamed else devices.capture(device, self._token)
+        self._sums = self._table = torch.empty(0, device=device)
 
-    def read(self, order: Order) -> Tensor:
-        """Run an order's prompt into the cache of every picture: logits of the first code as sums
-        [parts, 1, vocabulary]."""
-        prompt, count = len(order.prompt), order.code_positions.shape[1]
-        read = ar.run_span(self._layers, self._config, order.prompt, order.positions, self._cache, 0)
+    def read(self, embedded: Tensor, order: Order) -> Tensor:
+        """Run an order's prompt, embedded tokens [T, hidden], in their place, into the cache of every picture: logits
+        of the first code as sums [parts, 1, vocabulary]."""
+        prompt, count = len(embedded), order.code_positions.shape[1]
+        read = ar.run_span(self._layers, self._config, embedded, order.positions, self._cache, 0)
         self._cache.share(prompt)
         self._prompt.fill_(prompt)
         cos, sin = ar.rope_tables(self._config, order.code_positions)
         self._cos[:count], self._sin[:count] = cos, sin
         return ar.logit_sums(self._head, self._config, read.last())
+
+    def prepare(self, parts: Parts) -> None:
+        """Have what a token needs beside a prompt's: the embeddings of the codes, and the graph. What reading the
+        first prompt worked in has gone by then, and they take its place."""
+        if len(self._table):
+            return
+        self._table = parts.code_table()
+        if not parts.ar_layers.streamed:
+            self._steps.fill_(1)  # as behind a first code: what capturing runs is written again, behind the prompt
+            self._graph = devices.capture(parts.device, self._token)
 
     def write(self, first: Tensor, uniforms: Tensor, events: Events) -> Tensor:
         """Draft `codes` behind the prompt that was read, from its logits and uniforms [up to pictures, count]. Returns

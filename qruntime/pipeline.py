@@ -417,7 +417,7 @@ class GlmImagePipeline:
             ids[start:stop] = _required(source.codes)
         top_k = config.top_k if request.top_k is None else request.top_k
         choice = Choice(request.temperature, top_k or None, request.top_p)
-        codes, logits = draft(self._parts, Order.of(self._parts, prompt, ids, request.seeds, choice), events)
+        codes, logits = draft(self._parts, Order.of(self.device, prompt, ids, request.seeds, choice), events)
         _require_finite(logits, "the draft's logits hold")  # a NaN stays in the cache: the last token has it too
         return codes[:, prompt.preview_tokens :].cpu()
 

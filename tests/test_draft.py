@@ -73,7 +73,10 @@ def parts_in(dtype: torch.dtype, recipe: str = "balanced", layers: int = TEXT.nu
     specs = ar.block_specs(config)  # type: ignore[arg-type]
     made = [ar.ArLayer(TEXT, random_weights(s, dtype, recipe)) for s in specs if s.kind == "layer"]
     head = random_weights(next(s for s in specs if s.kind == "head"), dtype, recipe)
-    table = torch.randn(CODES, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE, dtype)
+    table, words = (
+        torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE, dtype)
+        for rows, seed in ((CODES, 2), (PROMPT, 3))
+    )
     return SimpleNamespace(
         device=DEVICE,
         dtype=dtype,
@@ -81,16 +84,17 @@ def parts_in(dtype: torch.dtype, recipe: str = "balanced", layers: int = TEXT.nu
         ar_layers=Layers(made),
         ar_head=SimpleNamespace(single=lambda: head),
         code_table=lambda: table,
+        embed_text=lambda ids: words[ids.to(DEVICE)],
         keep=lambda name, key, make: make(),
     )
 
 
-def order_of(seeds: range, count: int, dtype: torch.dtype) -> Order:
-    prompt = torch.randn(PROMPT, HIDDEN, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE, dtype)
+def order_of(seeds: range, count: int) -> Order:
     at = torch.arange(count, device=DEVICE)
     code_positions = torch.stack((at * 0 + PROMPT, PROMPT + at // 3, PROMPT + at % 3))
     uniforms = torch.stack([sampling.uniforms(seed, count) for seed in seeds]).to(DEVICE)
-    return Order(prompt, torch.arange(PROMPT, device=DEVICE).expand(3, -1), code_positions, uniforms, CHOICE)
+    ids = torch.arange(PROMPT)
+    return Order(ids, ids.to(DEVICE).expand(3, -1), code_positions, uniforms, CHOICE)
 
 
 def events() -> Events:
@@ -116,11 +120,11 @@ def test_kernels_draft_what_float32_does(by_kernels: None) -> None:
     """The logits behind the same codes are those of plain float32, but for the rounding of bf16; a uniform number
     near an edge may then draw another code, so the codes are forced to be the same."""
     count = 4
-    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), count, torch.bfloat16))
-    plain, order = parts_in(torch.float32), order_of(range(2), count, torch.float32)
+    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), count))
+    plain, order = parts_in(torch.float32), order_of(range(2), count)
     for picture in range(2):
         cache = ar.KvCache.allocate(TEXT, PROMPT + count, torch.float32, DEVICE)
-        ar.run_span(plain.ar_layers, TEXT, order.prompt, order.positions, cache, 0)
+        ar.run_span(plain.ar_layers, TEXT, plain.embed_text(order.ids), order.positions, cache, 0)
         states = plain.code_table()[codes[picture, :-1]]
         passed = ar.run_span(plain.ar_layers, TEXT, states, order.code_positions[:, : count - 1], cache, PROMPT)
         exact = ar.logits(plain.ar_head.single(), TEXT, passed.last())[0]
@@ -131,15 +135,15 @@ def test_kernels_draft_what_float32_does(by_kernels: None) -> None:
 
 def test_a_picture_is_the_same_in_any_company(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, count = parts_in(torch.bfloat16), 4
-    together, logits = drafted(parts, order_of(range(3), count, torch.bfloat16))
+    together, logits = drafted(parts, order_of(range(3), count))
     assert together.shape == (3, count)
     assert len(together.unique(dim=0)) == 3
     for seed in range(3):
-        alone, own_logits = drafted(parts, order_of(range(seed, seed + 1), count, torch.bfloat16))
+        alone, own_logits = drafted(parts, order_of(range(seed, seed + 1), count))
         assert torch.equal(alone[0], together[seed])
         assert torch.equal(own_logits[0], logits[seed])
     monkeypatch.setattr(ops, "MAX_ROWS", 2)  # two groups: two pictures, and one beside an idle row
-    grouped, grouped_logits = drafted(parts, order_of(range(3), count, torch.bfloat16))
+    grouped, grouped_logits = drafted(parts, order_of(range(3), count))
     assert torch.equal(grouped, together)
     assert torch.equal(grouped_logits, logits)
 
@@ -148,16 +152,16 @@ def test_pictures_over_plain_weights_follow_each_other(by_kernels: None) -> None
     """torch's own products round by how many rows there are."""
     parts, made = parts_in(torch.bfloat16, "none"), []
     parts.keep = lambda name, key, make: made.append(key) or make()
-    together, _ = drafted(parts, order_of(range(2), 3, torch.bfloat16))
+    together, _ = drafted(parts, order_of(range(2), 3))
     assert [key[0] for key in made] == [1]
-    alone, _ = drafted(parts, order_of(range(1, 2), 3, torch.bfloat16))
+    alone, _ = drafted(parts, order_of(range(1, 2), 3))
     assert torch.equal(together[1], alone[0])
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are captured on CUDA")
 def test_a_captured_token_is_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over as many codes as a picture of 1024x1024 and its preview have."""
-    parts, order = parts_in(torch.bfloat16), order_of(range(2), 32 * 32 + 16 * 16, torch.bfloat16)
+    parts, order = parts_in(torch.bfloat16), order_of(range(2), 32 * 32 + 16 * 16)
     captured, _ = drafted(parts, order)
     monkeypatch.setattr(drafting.devices, "capture", lambda device, work: work)
     eager, _ = drafted(parts, order)
@@ -188,7 +192,7 @@ class Passing(Layers):
 
 def test_streamed_layers_draft_the_same(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No token takes more than one layer at a time, and nothing is captured over what does not stay."""
-    parts, order = parts_in(torch.bfloat16, layers=2), order_of(range(1), 3, torch.bfloat16)
+    parts, order = parts_in(torch.bfloat16, layers=2), order_of(range(1), 3)
     resident = drafted(parts, order)
     parts.ar_layers = Passing(parts.ar_layers)
     monkeypatch.setattr(drafting.devices, "capture", None)
@@ -211,7 +215,7 @@ def test_streamed_layers_draft_the_same(by_kernels: None, monkeypatch: pytest.Mo
 
 
 def test_a_single_code(by_kernels: None) -> None:
-    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), 1, torch.bfloat16))
+    codes, logits = drafted(parts_in(torch.bfloat16), order_of(range(2), 1))
     assert codes.shape == (2, 1)
     assert torch.isfinite(logits).all()
     assert logits.shape == (2, TEXT.vision_vocab_size)
@@ -226,16 +230,16 @@ def test_a_decoder_is_used_again(by_kernels: None) -> None:
         made.extend([] if made else [make()])
         return made[0]
 
-    fresh, _ = drafted(parts, order_of(range(1), 3, torch.bfloat16))
+    fresh, _ = drafted(parts, order_of(range(1), 3))
     parts.keep = keep
-    drafted(parts, order_of(range(7, 8), 5, torch.bfloat16))
-    again, _ = drafted(parts, order_of(range(1), 3, torch.bfloat16))
+    drafted(parts, order_of(range(7, 8), 5))
+    again, _ = drafted(parts, order_of(range(1), 3))
     assert torch.equal(again, fresh)
 
 
 def test_cancelled_within_two_windows(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     count, asked = 5 * drafting.WINDOW, []
-    order = order_of(range(1), count, torch.bfloat16)
+    order = order_of(range(1), count)
     found = Events({"draft": count}, cancel=lambda: bool(asked))
     parts = parts_in(torch.bfloat16)
     steps = 0

@@ -813,7 +813,8 @@ def test_the_call_has_the_arguments_of_the_interface() -> None:
 def weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan as if weights were all: in a tiny model they are nothing beside the working memory."""
     working = Estimate.working.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(Estimate, "working", property(lambda self: dict.fromkeys(working(self), 1)))
+    for name in ("working", "working_again"):
+        monkeypatch.setattr(Estimate, name, property(lambda self: dict.fromkeys(working(self), 1)))
     monkeypatch.setattr(Estimate, "beside", {"draft": 1, "denoise": 1})
 
 

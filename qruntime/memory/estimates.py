@@ -22,7 +22,7 @@ from .sizes import Operations, Piece, Sizes
 PHASES = ("encode text", "encode codes", "encode latents", "draft", "denoise", "decode")
 
 _VISION_WIDTHS = 16  # tensors of [tokens, hidden]
-_PREFILL_WIDTHS = 7  # likewise
+_PREFILL_WIDTHS = 2  # likewise, in the middle of the MLP
 _DRAFT_BYTES = 15 * 10**6  # logits, graph and tables
 _DENOISE_WIDTHS = 13.0  # tensors of [sequence, width]
 _FUSED_WIDTHS = 7.2  # where a block runs in its W8A8 kernels, in the middle of the MLP,
@@ -83,10 +83,18 @@ class Estimate:
         return found
 
     @property
+    def working_again(self) -> dict[str, int]:
+        """The same where a phase's weights stay, and what an earlier picture left is there from the start: of the draft
+        the embeddings of the codes, which otherwise come when the prompt was read."""
+        draft = self._cache_bytes() + self._prefill_bytes() + self.sizes.codes + _DRAFT_BYTES
+        return {**self.working, "draft": draft}
+
+    @property
     def beside(self) -> dict[str, int]:
-        """What stays beside weights that stay: keys and values with the graph over them; tables, and a captured
-        step."""
-        return {"draft": self._cache_bytes(), "denoise": self._table_bytes() + self._captured_bytes()}
+        """What stays beside weights that stay: keys and values with the graph over them, and the embeddings of the
+        codes; tables, and a captured step."""
+        draft = self._cache_bytes() + self.sizes.codes
+        return {"draft": draft, "denoise": self._table_bytes() + self._captured_bytes()}
 
     def _glyph_bytes(self) -> int:
         return max(self.lengths.quoted) ** 2 * self.checkpoint.glyph.num_heads * (4 + 3 * self.sizes.element_bytes)
@@ -103,6 +111,9 @@ class Estimate:
         return 2 * text.num_layers * text.num_kv_heads * capacity * text.head_dim * self.sizes.element_bytes
 
     def _draft_bytes(self) -> int:
+        return self._cache_bytes() + max(self._prefill_bytes(), self.sizes.codes) + _DRAFT_BYTES
+
+    def _prefill_bytes(self) -> int:
         """The MLP of the prompt's run: its middle whole, its products and their written-out weights in pieces; without
         kernels whole as well, and the scores of attention."""
         text, read, element = self.checkpoint.ar.text, self._read, self.sizes.element_bytes
@@ -110,8 +121,9 @@ class Estimate:
         whole = Piece(widest * text.hidden_size * element, widest)
         piece = self.sizes.draft_piece if self.kernels else whole
         prefill = read * (_PREFILL_WIDTHS * text.hidden_size + text.intermediate_size + piece.columns) * element
-        scores = 0 if self.kernels else min(text.num_heads * read * cache_capacity(read), MPS_SCORES) * element
-        return self._cache_bytes() + prefill + scores + piece.nbytes + _DRAFT_BYTES
+        seen = read * cache_capacity(read)  # a byte each, and without kernels a score of each head
+        scores = 0 if self.kernels else min(text.num_heads * seen, MPS_SCORES) * element
+        return prefill + seen + scores + piece.nbytes
 
     def _denoise_bytes(self) -> int:
         config = self.checkpoint.dit

@@ -96,7 +96,14 @@ class Parts:
     @property
     def held_bytes(self) -> int:
         """Bytes of device memory that weights hold now, and what was built over them."""
-        return sum(blocks.held_bytes for blocks in self._all) + sum(kept.nbytes for kept in self._kept.values())
+        return sum(blocks.held_bytes for blocks in self._all) + self._built_bytes
+
+    @property
+    def _built_bytes(self) -> int:
+        """Of that, what is no weights of blocks."""
+        return sum(kept.nbytes for kept in self._kept.values()) + (
+            0 if self._code_table is None else self._code_table.nbytes
+        )
 
     @property
     def page_locked_bytes(self) -> int:
@@ -116,7 +123,7 @@ class Parts:
         for name in self._of_phase.keys() - self._staying:
             self._release(name)
         planned = max(phase.kept_bytes for phase in plan.phases) + KEPT_SLACK_BYTES
-        while sum(kept.nbytes for kept in self._kept.values()) > planned:  # a larger picture's, say
+        while self._kept and self._built_bytes > planned:  # a larger picture's, say
             self.drop(max(self._kept, key=lambda name: self._kept[name].nbytes))
         for blocks in self._all:
             blocks.watch(before_block)

@@ -112,10 +112,10 @@ class Plan:
 class Needs:
     """What a call needs of a device by phase, wherever weights live.
 
-    `weights`: bytes, without the transformer's blocks; `working`: bytes at the worst moment; `beside`: bytes that stay
-    beside weights that stay; `seconds` where all weights are there, without the transformer's passes; `passes`: seconds
-    and number of those; `drafted`: how often the drafting model runs for a token. `largest`: the size of the largest
-    picture, as messages name it.
+    `weights`: bytes, without the transformer's blocks; `working`: bytes at the worst moment where these come and go,
+    and `working_again` where they stay; `beside`: bytes that stay beside weights that stay; `seconds` where all weights
+    are there, without the transformer's passes; `passes`: seconds and number of those; `drafted`: how often the
+    drafting model runs for a token. `largest`: the size of the largest picture, as messages name it.
     """
 
     sizes: Sizes
@@ -125,6 +125,7 @@ class Needs:
     largest: str
     weights: Mapping[str, int]
     working: Mapping[str, int]
+    working_again: Mapping[str, int]
     beside: Mapping[str, int]
     seconds: Mapping[str, float]
     passes: tuple[tuple[float, int], ...]
@@ -161,6 +162,7 @@ class Needs:
             largest=f"{request.width}x{request.height}",
             weights={name: weights[name] for name in working},
             working=working,
+            working_again=estimate.working_again,
             beside={name: beside.get(name, 0) for name in working},
             seconds={name: seconds[name] for name in working},
             passes=tuple(estimate.passes),
@@ -175,7 +177,9 @@ class Needs:
             first = replace(
                 first,
                 weights={**first.weights, **other.weights},
-                working=_joined(first.working, other.working, max),
+                # What the first request left is there for the next one, wherever weights live.
+                working=_joined(first.working_again, other.working_again, max),
+                working_again=_joined(first.working_again, other.working_again, max),
                 beside=_joined(first.beside, other.beside, max),
                 seconds=_joined(first.seconds, other.seconds, sum),
                 passes=first.passes + other.passes,
@@ -205,7 +209,7 @@ class Needs:
             Phase(
                 name,
                 weights[name] + sum(staying.values()) - staying.get(name, 0),
-                self.working[name],
+                (self.working_again if name in kept else self.working)[name],
                 self._seconds(name, name in kept, streamed, streamed_layers),
                 sum(beside.values()) - beside.get(name, 0),
             )

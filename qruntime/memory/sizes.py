@@ -41,14 +41,16 @@ class Piece:
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that each part's weights take on the device, in the dtype that is computed in; and the operations of the
-    products of a row (a token) or of the convolutions of a latent. `draft_piece` is of the drafting model's widest
-    product, `dit_matrix` the transformer's largest matrix written out."""
+    products of a row (a token) or of the convolutions of a latent. `codes` are the embeddings of the codes,
+    `draft_piece` is of the drafting model's widest product, `dit_matrix` the transformer's largest matrix written
+    out."""
 
     glyph: int
     vision: int
     vae_encoder: int
     vae_decoder: int
     draft: int
+    codes: int
     draft_slot: int
     dit_stem: int
     dit_blocks: int
@@ -73,7 +75,7 @@ class Sizes:
     def everything(self) -> int:
         """Bytes of all weights together."""
         encoders = self.glyph + self.vision + self.vae_encoder
-        return encoders + self.draft + self.dit_held + self.dit_blocks + self.vae_decoder
+        return encoders + self.draft + self.codes + self.dit_held + self.dit_blocks + self.vae_decoder
 
     @staticmethod
     def of(checkpoint: Checkpoint, dtype_name: str) -> Sizes:
@@ -89,7 +91,6 @@ class Sizes:
 
         element = DTYPE_BYTES[dtype_name]
         text = checkpoint.ar.text
-        codes = checkpoint.ar.vq.codebook_size * text.hidden_size * element
         blocks, adaln = nbytes(DIT, "block"), nbytes(DIT, "adaln")
         widest = pieces(text.intermediate_size, 2 * text.hidden_size)[0].stop
         latent_pixels = checkpoint.vae.scale_factor**2
@@ -99,7 +100,8 @@ class Sizes:
             vision=sum(nbytes(AR, "vision.stem", "vision.block", "vq")),
             vae_encoder=sum(nbytes(VAE, "encoder")),
             vae_decoder=sum(nbytes(VAE, "decoder")),
-            draft=sum(nbytes(AR, "layer", "head")) + codes,
+            draft=sum(nbytes(AR, "layer", "head")),
+            codes=checkpoint.ar.vq.codebook_size * text.hidden_size * element,
             draft_slot=max(nbytes(AR, "layer")),
             dit_stem=sum(nbytes(DIT, "stem")),
             dit_blocks=sum(blocks),

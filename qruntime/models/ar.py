@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -161,8 +161,9 @@ class Step:
         )
 
 
-class Residual(NamedTuple):
-    """The hidden states, and a branch that is yet to be normed and added to them.
+@dataclass
+class Residual:
+    """The hidden states [rows, hidden], and a branch that is yet to be normed and added to them, in their place.
 
     A layer leaves its last branch so, since one operation adds it and takes the next norm.
     """
@@ -172,13 +173,14 @@ class Residual(NamedTuple):
     branch_weight: Tensor | None = None
 
     def last(self) -> Residual:
-        """The last row alone."""
+        """The last row alone, over the same memory."""
         branch = None if self.branch is None else self.branch[:, -1:].contiguous()
         return Residual(self.hidden[-1:], branch, self.branch_weight)
 
-    def norm(self, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The hidden states [rows, hidden] with the branch in them, and their norm."""
-        return ops.add_norm(self.hidden, self.branch, self.branch_weight, weight, eps)
+    def norm(self, weight: Tensor, eps: float) -> Tensor:
+        """Add the branch, which is gone then; returns the norm of the sum."""
+        branch, self.branch = self.branch, None
+        return ops.add_norm(self.hidden, branch, self.branch_weight, weight, eps)
 
 
 class ArLayer:
@@ -193,39 +195,43 @@ class ArLayer:
         """Whether a few rows get the bits that each has alone: see `Linear.takes_few_rows`."""
         return all(linear.takes_few_rows for linear in self._weights.linears.values())
 
-    def __call__(self, residual: Residual, rows: Rows, keys: Tensor, values: Tensor) -> Residual:
-        """Rows of the hidden states through the layer; keys and values [pictures, kv_heads, capacity, head_dim]."""
-        norm, linear = self._weights.tensor, self._weights.linear
-        hidden, states = residual.norm(norm("input_layernorm.weight"), self._eps)
-        states = linear("o").sums(rows.attend(linear("qkv"), states, keys, values))
+    def __call__(self, residual: Residual, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        """Take rows of the hidden states through the layer; keys and values [pictures, kv_heads, capacity, head_dim].
 
-        residual = Residual(hidden, states, norm("post_self_attn_layernorm.weight"))
-        hidden, states = residual.norm(norm("post_attention_layernorm.weight"), self._eps)
-        states = linear("down").sums(linear("gate_up").gated(states))
+        No name holds what the next product does not read: a prompt's rows are many.
+        """
+        norm, linear = self._weights.tensor, self._weights.linear
+        attended = rows.attend(linear("qkv"), residual.norm(norm("input_layernorm.weight"), self._eps), keys, values)
+        residual.branch = linear("o").sums(attended)
+        residual.branch_weight = norm("post_self_attn_layernorm.weight")
+        del attended
+
+        gated = linear("gate_up").gated(residual.norm(norm("post_attention_layernorm.weight"), self._eps))
+        residual.branch = linear("down").sums(gated)
         weight = norm("post_mlp_layernorm.weight")  # which the next layer takes
-        return Residual(hidden, states, weight.clone() if self._weights.passing else weight)
+        residual.branch_weight = weight.clone() if self._weights.passing else weight
 
 
 def run(layers: Iterable[ArLayer], hidden_states: Tensor, rows: Rows, cache: KvCache) -> Residual:
-    """Embedded tokens [rows, hidden] through every layer; fills the cache."""
+    """Embedded tokens [rows, hidden], in their place, through every layer; fills the cache."""
     residual = Residual(hidden_states)
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
-        residual = layer(residual, rows, keys, values)
+        layer(residual, rows, keys, values)
     return residual
 
 
 def run_span(
     layers: Iterable[ArLayer], config: TextConfig, hidden_states: Tensor, positions: Tensor, cache: KvCache, start: int
 ) -> Residual:
-    """Embedded tokens [S, hidden] at integer positions [3, S] through every layer, as cache rows start..start+S of the
-    first picture."""
+    """Embedded tokens [S, hidden], in their place, at integer positions [3, S] through every layer, as cache rows
+    start..start+S of the first picture."""
     span = Span.of(config, positions, start, cache.keys.shape[3], hidden_states.dtype)
     return run(layers, hidden_states, span, cache)
 
 
 def logit_sums(head: Weights, config: TextConfig, residual: Residual) -> Tensor:
     """What is behind the last layer -> logits as partial sums, [parts, rows, vision_vocab_size]."""
-    _, states = residual.norm(head.tensor("model.language_model.norm.weight"), config.rms_norm_eps)
+    states = residual.norm(head.tensor("model.language_model.norm.weight"), config.rms_norm_eps)
     return head.linear("lm_head").sums(states)
 
 

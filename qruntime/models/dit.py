@@ -314,7 +314,7 @@ def predict(
 ) -> tuple[Tensor, Tensor | None]:
     """The velocity of latents [C, H, W] at `step`: conditional and, with guidance, unconditional, both [C, H, W]."""
     _, height, width = latents.shape
-    packing, tokens = given.packing, _packed(stem.image(latents), given)
+    packing, tokens = given.packing, _packed(stem, latents, given)
     for index, block in enumerate(blocks):
         condition = None if given.condition is None else given.condition[index]
         block(tokens, packing, given.modulation[index, step], given.rope, condition)
@@ -323,12 +323,21 @@ def predict(
     return velocities[0], velocities[1] if len(velocities) == 2 else None
 
 
-def _packed(image: Tensor, given: Conditioning) -> Tensor:
-    """Image tokens [N, width] with their priors and between their texts, for each pass: [S, width]."""
-    parts = [given.cond_text, image + given.cond_prior]
-    if given.uncond_text is not None and given.uncond_prior is not None:
-        parts += [image + given.uncond_prior, given.uncond_text]
-    return torch.cat(parts)
+def _packed(stem: Stem, latents: Tensor, given: Conditioning) -> Tensor:
+    """Image tokens with their priors and between their texts, for each pass: [S, width].
+
+    Its memory is taken first, so that what is only worked in leaves no gap in front of it.
+    """
+    packing = given.packing
+    tokens = given.cond_text.new_empty(packing.rows, given.cond_text.shape[1])
+    image = stem.image(latents)
+    priors = [prior for prior in (given.cond_prior, given.uncond_prior) if prior is not None]
+    for rows, prior in zip(tokens[packing.image_rows].split(packing.image), priors, strict=True):
+        torch.add(image, prior, out=rows)
+    tokens[: packing.cond_text] = given.cond_text
+    if given.uncond_text is not None:
+        tokens[packing.image_rows.stop :] = given.uncond_text
+    return tokens
 
 
 class CapturedPredict:

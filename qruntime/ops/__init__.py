@@ -156,9 +156,7 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     return triton_few_rows.int8_sums(x.contiguous(), q, scale)
 
 
-def add_norm(
-    hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_norm(hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """As `reference.add_norm`."""
     if not uses_triton(hidden.device, hidden.dtype):
         return reference.add_norm(hidden, branch, branch_weight, weight, eps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PIECE_BYTES = 72 * 2**20  # of bf16 weights at a time
+PIECE_BYTES = 112 * 2**20  # of bf16 weights at a time
 ROWS_MULTIPLE = 128  # products whose columns are no whole number of tiles are slow; of eight, half as fast
 
 

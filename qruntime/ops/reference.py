@@ -106,13 +106,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1) if rest.shape[-1] else turned.to(x.dtype)
 
 
-def add_norm(
-    hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """hidden [M, H] plus the RMS norm of `branch`, given as partial sums [parts, M, H]; and the RMS norm of that."""
+def add_norm(hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """hidden [M, H] += the RMS norm of `branch`, given as partial sums [parts, M, H]; returns the RMS norm of that."""
     if branch is not None and branch_weight is not None:
-        hidden = hidden + rms_norm(total(branch, hidden.dtype), branch_weight, eps)
-    return hidden, rms_norm(hidden, weight, eps)
+        hidden += rms_norm(total(branch, hidden.dtype), branch_weight, eps)
+    return rms_norm(hidden, weight, eps)
 
 
 def total(sums: Tensor, dtype: torch.dtype) -> Tensor:

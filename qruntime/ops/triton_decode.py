@@ -26,7 +26,6 @@ def _add_norm_kernel(
     sums_ptr,
     branch_weight_ptr,
     weight_ptr,
-    sum_ptr,
     out_ptr,
     M,
     eps,
@@ -47,18 +46,15 @@ def _add_norm_kernel(
         branch *= tl.rsqrt(tl.sum(branch * branch) / WIDTH + eps)
         branch = branch_weight.to(tl.float32) * branch.to(weight.dtype).to(tl.float32)
         hidden = (hidden + branch.to(weight.dtype).to(tl.float32)).to(weight.dtype).to(tl.float32)
-        tl.store(sum_ptr + m * WIDTH + column, hidden.to(weight.dtype), mask=inside)
+        tl.store(hidden_ptr + m * WIDTH + column, hidden.to(weight.dtype), mask=inside)
     states = hidden * tl.rsqrt(tl.sum(hidden * hidden) / WIDTH + eps)
     states = weight.to(tl.float32) * states.to(weight.dtype).to(tl.float32)
     tl.store(out_ptr + m * WIDTH + column, states.to(weight.dtype), mask=inside)
 
 
-def add_norm(
-    hidden: Tensor, parts: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_norm(hidden: Tensor, parts: Tensor | None, branch_weight: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """See `reference.add_norm`."""
     m, width = hidden.shape
-    total = hidden if parts is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
     _add_norm_kernel[(m,)](
@@ -66,7 +62,6 @@ def add_norm(
         parts,
         branch_weight,
         weight,
-        total,
         out,
         m,
         eps,
@@ -75,7 +70,7 @@ def add_norm(
         BLOCK=block,
         num_warps=min(max(block // 128, 1), 32),
     )
-    return total, out
+    return out
 
 
 @triton.jit
