@@ -170,7 +170,7 @@ class Estimate:
         return {
             "encode text": 2 * rates.seconds("glyph", Operations(), sizes.glyph),
             "encode codes": rates.seconds("denoise", sizes.vision_row * self._source_cells, sizes.vision),
-            "encode latents": rates.seconds("vae", sizes.encoded_latent * source_latents, sizes.vae_encoder),
+            "encode latents": rates.seconds("source", sizes.encoded_latent * source_latents, sizes.vae_encoder),
             "draft": rates.seconds("draft", sizes.draft_row * read + attended, sizes.draft)
             + drafted * rates.seconds("draft", sizes.draft_row * pictures, token_bytes),
             "denoise": 0.0,
