@@ -121,7 +121,7 @@ class Decoder:
     graph holds the addresses of the weights too, so a decoder goes when they go. Layers that are streamed have no
     addresses: then nothing is captured, and every token runs as the graph would.
 
-    `read` a prompt, `prepare` at least once, then `write`, as often as there are pictures for.
+    `read` a prompt, `prepare`, then `write`, as often as there are pictures for.
     """
 
     def __init__(self, parts: Parts, pictures: int, capacity: int, choice: Choice) -> None:
@@ -154,10 +154,8 @@ class Decoder:
     def prepare(self, parts: Parts) -> None:
         """Have what a token needs beside a prompt's: the embeddings of the codes, and the graph. What reading the
         first prompt worked in has gone by then, and they take its place."""
-        if len(self._table):
-            return
         self._table = parts.code_table()
-        if not parts.ar_layers.streamed:
+        if self._graph is None and not parts.ar_layers.streamed:
             self._steps.fill_(1)  # as behind a first code: what capturing runs is written again, behind the prompt
             self._graph = devices.capture(parts.device, self._token)
 

@@ -547,13 +547,12 @@ def test_without_a_budget_a_plan_names_cards(call: Call, full_size: dict[str, Pa
     lines = call("plan", "--model", full_size["balanced"], "--size", "2048x2048").out.splitlines()
     cards = {line.split()[0]: line for line in lines[lines.index("--vram    peak  seconds  plan") + 1 :]}
     assert list(cards) == ["4", "6", "8", "12", "16", "24"]
-    for vram in ("4", "6"):
-        assert re.fullmatch(rf"{vram} +2048x2048 needs \S+ GB .* GB are missing", cards[vram])
+    assert re.fullmatch(r"4 +2048x2048 needs \S+ GB .* GB are missing", cards["4"])
     slow = call("plan", "--model", full_size["balanced"], "--allow-slow").out
     assert re.search(
         r"^4 +3\.9\d +\d+\.\d  .* layers of the drafting model are streamed for every token$", slow, re.MULTILINE
     )
-    for vram in ("8", "12", "16", "24"):
+    for vram in ("6", "8", "12", "16", "24"):
         told = call("plan", "--model", full_size["balanced"], "--size", "2048x2048", "--vram", vram, "--json").result
         peak, seconds = told["chosen"]["peak_bytes"] / GB, told["chosen"]["seconds"]
         assert cards[vram].split()[:3] == [vram, f"{peak:.2f}", f"{seconds:.1f}"]

@@ -101,9 +101,8 @@ class Parts:
     @property
     def _built_bytes(self) -> int:
         """Of that, what is no weights of blocks."""
-        return sum(kept.nbytes for kept in self._kept.values()) + (
-            0 if self._code_table is None else self._code_table.nbytes
-        )
+        table = 0 if self._code_table is None else self._code_table.nbytes
+        return table + sum(kept.nbytes for kept in self._kept.values())
 
     @property
     def page_locked_bytes(self) -> int:

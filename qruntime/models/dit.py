@@ -333,7 +333,7 @@ def _packed(stem: Stem, latents: Tensor, given: Conditioning) -> Tensor:
     image = stem.image(latents)
     priors = [prior for prior in (given.cond_prior, given.uncond_prior) if prior is not None]
     for rows, prior in zip(tokens[packing.image_rows].split(packing.image), priors, strict=True):
-        torch.add(image, prior, out=rows)
+        rows.copy_(image).add_(prior)
     tokens[: packing.cond_text] = given.cond_text
     if given.uncond_text is not None:
         tokens[packing.image_rows.stop :] = given.uncond_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PIECE_BYTES = 112 * 2**20  # of bf16 weights at a time
-ROWS_MULTIPLE = 128  # products whose columns are no whole number of tiles are slow; of eight, half as fast
+ROWS_MULTIPLE = 128  # whole tiles: a product whose columns are not even a multiple of eight takes twice the time
 
 
 def pieces(rows: int, columns: int) -> list[slice]:
