@@ -174,12 +174,12 @@ class Needs:
         """What several requests need that go through the phases together."""
         first, *others = needs
         for other in others:
+            again = _joined(first.working_again, other.working_again, max)
             first = replace(
                 first,
                 weights={**first.weights, **other.weights},
-                # What the first request left is there for the next one, wherever weights live.
-                working=_joined(first.working_again, other.working_again, max),
-                working_again=_joined(first.working_again, other.working_again, max),
+                working=again,  # what the first request left is there for the next one, wherever weights live
+                working_again=again,
                 beside=_joined(first.beside, other.beside, max),
                 seconds=_joined(first.seconds, other.seconds, sum),
                 passes=first.passes + other.passes,

@@ -201,13 +201,14 @@ class ArLayer:
         No name holds what the next product does not read: a prompt's rows are many.
         """
         norm, linear = self._weights.tensor, self._weights.linear
-        attended = rows.attend(linear("qkv"), residual.norm(norm("input_layernorm.weight"), self._eps), keys, values)
-        residual.branch = linear("o").sums(attended)
+        residual.branch = linear("o").sums(
+            rows.attend(linear("qkv"), residual.norm(norm("input_layernorm.weight"), self._eps), keys, values)
+        )
         residual.branch_weight = norm("post_self_attn_layernorm.weight")
-        del attended
 
-        gated = linear("gate_up").gated(residual.norm(norm("post_attention_layernorm.weight"), self._eps))
-        residual.branch = linear("down").sums(gated)
+        residual.branch = linear("down").sums(
+            linear("gate_up").gated(residual.norm(norm("post_attention_layernorm.weight"), self._eps))
+        )
         weight = norm("post_mlp_layernorm.weight")  # which the next layer takes
         residual.branch_weight = weight.clone() if self._weights.passing else weight
 

@@ -62,17 +62,19 @@ def _dequantize_kernel(
     tl.store(out_ptr + pair, pairs, mask=inside)
 
 
-def dequantize_int4(q: Tensor, scale_zero: Tensor, first: int = 0, out: Tensor | None = None) -> Tensor:
-    """bf16 [N, K] from the parts of an int4 matrix in the form `torch_int4.TRITON`; the bits of the plain one.
-
-    With `out` [runs, count, K], the matrix is as many equal parts: `count` rows of each, from its row `first` on, fill
-    a run.
-    """
+def dequantize_int4(q: Tensor, scale_zero: Tensor) -> Tensor:
+    """bf16 [N, K] from the parts of an int4 matrix in the form `torch_int4.TRITON`; the bits of the plain one."""
     n, half_k = q.shape
-    groups = scale_zero.shape[0]
-    if out is None:
-        out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
-    runs, count, _ = out.view(-1, *out.shape[-2:]).shape
+    out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
+    dequantize_rows(q, scale_zero, 0, out[None])
+    return out
+
+
+def dequantize_rows(q: Tensor, scale_zero: Tensor, first: int, out: Tensor) -> None:
+    """Some rows of that into `out` [runs, count, K]: of each of as many equal parts of the matrix, `count` from its row
+    `first` on."""
+    n, half_k = q.shape
+    groups, (runs, count, _) = scale_zero.shape[0], out.shape
     _dequantize_kernel[triton.cdiv(count, _BLOCK_N), triton.cdiv(groups, _GROUPS), runs](
         q.view(torch.int32),
         scale_zero.view(torch.int32),
@@ -87,7 +89,6 @@ def dequantize_int4(q: Tensor, scale_zero: Tensor, first: int = 0, out: Tensor |
         GROUPS=_GROUPS,
         num_warps=4,
     )
-    return out
 
 
 def linear_int4(x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,7 +100,7 @@ def linear_int4(x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
     for part, weight in zip(parts, _buffers(parts, k, x), strict=True):
-        dequantize_int4(q, scale_zero, part.start, weight[None])
+        dequantize_rows(q, scale_zero, part.start, weight[None])
         if bias is None:
             torch.mm(rows, weight.T, out=y[:, part])
         else:
@@ -113,7 +114,7 @@ def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     parts = pieces(half, 2 * k)
     y = x.new_empty(x.shape[0], half)
     for part, both in zip(parts, _buffers(parts, 2 * k, x), strict=True):
-        dequantize_int4(q, scale_zero, part.start, both.view(2, -1, k))
+        dequantize_rows(q, scale_zero, part.start, both.view(2, -1, k))
         silu_product(torch.mm(x, both.view(-1, k).T), out=y[:, part])
     return y
 

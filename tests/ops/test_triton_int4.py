@@ -48,7 +48,7 @@ def test_some_rows_written_out(first: int, count: int, group_size: int) -> None:
     (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 19, 640)
     whole = triton_int4.dequantize_int4(q, scale_zero)
     around = torch.full((count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    triton_int4.dequantize_int4(q, scale_zero, first, around[None, 1:-1])
+    triton_int4.dequantize_rows(q, scale_zero, first, around[None, 1:-1])
     assert torch.equal(around[1:-1], whole[first : first + count])
     assert (around[[0, -1]] == 7).all()
 
@@ -59,7 +59,7 @@ def test_some_rows_of_each_half_written_out(first: int, count: int, group_size: 
     (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 18, 640)
     halves = triton_int4.dequantize_int4(q, scale_zero).view(2, 9, 640)
     around = torch.full((2 * count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    triton_int4.dequantize_int4(q, scale_zero, first, around[1:-1].view(2, count, 640))
+    triton_int4.dequantize_rows(q, scale_zero, first, around[1:-1].view(2, count, 640))
     assert torch.equal(around[1:-1].view(2, count, 640), halves[:, first : first + count])
     assert (around[[0, -1]] == 7).all()
 
