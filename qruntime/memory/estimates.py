@@ -121,9 +121,8 @@ class Estimate:
         whole = Piece(widest * text.hidden_size * element, widest)
         piece = self.sizes.draft_piece if self.kernels else whole
         prefill = read * (_PREFILL_WIDTHS * text.hidden_size + text.intermediate_size + piece.columns) * element
-        seen = read * cache_capacity(read)  # a byte each, and without kernels a score of each head
-        scores = 0 if self.kernels else min(text.num_heads * seen, MPS_SCORES) * element
-        return prefill + seen + scores + piece.nbytes
+        seen = 0 if self.kernels else read * cache_capacity(read)  # a byte each, and a score of each head
+        return prefill + seen + min(text.num_heads * seen, MPS_SCORES) * element + piece.nbytes
 
     def _denoise_bytes(self) -> int:
         config = self.checkpoint.dit

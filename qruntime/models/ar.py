@@ -113,26 +113,31 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """Rows that follow each other in one picture's sequence: what all layers share about them."""
+    """Rows that follow each other in one picture's sequence: what all layers share about them.
+
+    `visible` bool [S, cached positions]; None where the rows are the first ones, and each sees those before it.
+    """
 
     config: TextConfig
     start: int
     cos: Tensor
     sin: Tensor
-    visible: Tensor
+    visible: Tensor | None
 
     @staticmethod
     def of(config: TextConfig, positions: Tensor, start: int, capacity: int, dtype: torch.dtype) -> Span:
         """For tokens at integer positions [3, S] that fill cache rows start..start+S."""
-        device, end = positions.device, start + positions.shape[1]
         cos, sin = (table.to(dtype) for table in rope_tables(config, positions))
+        if start == 0:
+            return Span(config, start, cos, sin, None)
+        device, end = positions.device, start + positions.shape[1]
         cached = torch.arange(min(cache_capacity(end), capacity), device=device)
         return Span(config, start, cos, sin, cached <= torch.arange(start, end, device=device)[:, None])
 
     def attend(self, qkv: Linear, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         keys, values = keys[0], values[0]
         query = ops.rope_to_cache(qkv(states), self.cos, self.sin, keys, values, self.start)
-        if self.start == 0:
+        if self.visible is None:
             length = states.shape[0]
             attended = ops.causal_attention(query, keys[:, :length], values[:, :length])
         else:

@@ -4,8 +4,9 @@ All compute w = (q - 8) * scale + zero with bf16 scales, which is what format 1 
 bytes to lie. `form` says which of them suits a matrix on a device, `pack` writes the stored bytes in that form (equal
 size, so that it fits where they came from), `linear` multiplies.
 
-- `triton` (CUDA, bf16): q as stored; scale and zero of two groups together, [K/2g, N, 2, 2], so that a row finds them
-  in eight bytes and rows side by side find theirs side by side.
+- `triton` (CUDA, bf16): q in tiles of 16 rows and 64 columns, [N/16, K/64, 16, 32] bytes, so that a program reads
+  memory in order; scale and zero of two groups together, [K/2g, N, 2, 2], so that a row finds them in eight bytes and
+  rows side by side find theirs side by side.
 - `tinygemm` (CUDA without Triton, bf16): q shuffled for tensor cores, scale and zero interleaved as [K/g, N, 2].
 - `avx512` (CPUs with native bf16): q shuffled, scale and zero interleaved.
 - `metal` (MPS, bf16): q as stored, scale and zero interleaved. The shader rereads the weights for every row of x, so
@@ -25,8 +26,10 @@ from . import reference
 from .backend import uses_triton
 
 STORED, TRITON = "stored", "triton"
-SHUFFLED = ("tinygemm", "avx512")  # forms in which levels lie elsewhere than in the file
 TRITON_COLUMNS = 128  # K is a multiple of it, so that groups come in pairs
+TRITON_ROWS = 16  # rows that lie together; N is a multiple of it
+_TILE_BYTES = 32  # of a row that lie together
+_PACKED_AT_ONCE = 8 * 2**20  # bytes: what packing a matrix in its place takes beside it
 METAL_MAX_ROWS = 4
 _GROUP_SIZES = (32, 64, 128, 256)
 _K_PER_TILE = 16  # columns of one tinygemm tile; 2, 4 or 8 tiles are packed together
@@ -36,7 +39,7 @@ def form(device: torch.device, dtype: torch.dtype, n: int, k: int, group_size: i
     """How an int4 matrix [n, k] should lie on `device` for products in `dtype`."""
     if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES:
         return STORED
-    if uses_triton(device) and group_size in (32, 64) and k % TRITON_COLUMNS == 0:
+    if uses_triton(device) and group_size in (32, 64) and k % TRITON_COLUMNS == 0 and n % TRITON_ROWS == 0:
         return TRITON
     kind = devices.kind(device)
     if kind == "cuda" and n % 8 == 0 and _inner_k_tiles(k):
@@ -57,13 +60,16 @@ def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale
     """Write stored parts in the form `kind`.
 
     q uint8 [N, K/2], scale and zero bf16 [N, K/g]; q_out uint8 [N, K/2], scale_zero_out bf16 [K/g, N, 2] (or what takes
-    as many bytes). Outputs must not overlap inputs, but for q itself where the form does not shuffle it.
+    as many bytes). q_out may be q; outputs must not overlap inputs otherwise.
     """
     if kind == TRITON:
         n, groups = scale.shape
         pairs = torch.stack((scale, zero), dim=-1).view(n, groups // 2, 2, 2)
         scale_zero_out.view(groups // 2, n, 2, 2).copy_(pairs.transpose(0, 1))
-        q_out.copy_(q)
+        at_once = max(_PACKED_AT_ONCE // (TRITON_ROWS * q.shape[1]), 1) * TRITON_ROWS
+        for rows, rows_out in zip(q.split(at_once), q_out.split(at_once), strict=True):
+            words = rows.view(torch.int64).view(-1, TRITON_ROWS, q.shape[1] // _TILE_BYTES, _TILE_BYTES // 8)
+            rows_out.view(torch.int64).copy_(words.transpose(1, 2).reshape(rows.shape[0], -1))  # by way of a copy
         return
     scale_zero_out.copy_(torch.stack((scale.T, zero.T), dim=-1))
     if kind == "tinygemm":

@@ -1,9 +1,9 @@
 """What lies between the products of a decoder layer. Triton, for CUDA.
 
-Each operation is one launch, so that a token is some three hundred of them in one captured graph. A graph cannot see
-the host's numbers: how far the draft of each of M pictures is, the kernels read from `steps` [M] on the device. Sums
-are taken in an order that depends on a row's own length alone, so a picture's bits depend neither on the pictures
-beside it nor on the cache's capacity.
+Each operation is one launch, so that a token is some three hundred of them in one captured graph, each of which starts
+while the one before it ends (`triton_overlap.py`). A graph cannot see the host's numbers: how far the draft of each of
+M pictures is, the kernels read from `steps` [M] on the device. Sums are taken in an order that depends on a row's own
+length alone, so a picture's bits depend neither on the pictures beside it nor on the cache's capacity.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .interpreter import COMPILED, dot
+from .triton_overlap import enter, let_next_start, overlaps
 
 CHUNK = 64  # cached positions that one program of the attention reads
 _HEADS_TILE = 16  # the least rows of a tensor-core tile
@@ -32,7 +33,10 @@ def _add_norm_kernel(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    enter(OVERLAPS)
+    let_next_start(OVERLAPS)
     m, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -69,6 +73,7 @@ def add_norm(hidden: Tensor, parts: Tensor | None, branch_weight: Tensor | None,
         PARTS=0 if parts is None else parts.shape[0],
         BLOCK=block,
         num_warps=min(max(block // 128, 1), 32),
+        **overlaps(hidden.device),
     )
     return out
 
@@ -210,6 +215,7 @@ def _attention_kernel(
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One chunk of one picture's cache under the queries of one key head."""
     chunk, kv_head, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -217,7 +223,9 @@ def _attention_kernel(
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
     step = tl.load(steps_ptr + m)
-    at = tl.load(prompt_ptr) + step  # where this token's keys and values go
+    at = tl.load(prompt_ptr) + step  # where this token's keys and values go; both are older than the product before
+    enter(OVERLAPS)
+    let_next_start(OVERLAPS)
     if chunk * CHUNK <= at:
         column = tl.arange(0, HEAD_DIM)[None, :]
         angle = tl.minimum(column, TURNED - 1)
@@ -265,10 +273,13 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The chunks of one head, each weighted by what its softmax was taken over."""
     head, m = tl.program_id(0), tl.program_id(1)
     filled = (tl.load(prompt_ptr) + tl.load(steps_ptr + m)) // CHUNK + 1
+    enter(OVERLAPS)
+    let_next_start(OVERLAPS)
     column = tl.arange(0, HEAD_DIM)
     row = (m * HEADS + head) * chunks
     maximum = tl.full((), float("-inf"), tl.float32)
@@ -301,7 +312,8 @@ def attend_token(
     steps: Tensor,
     heads: int,
 ) -> Tensor:
-    """See `reference.attend_token`; how far each draft is comes from `steps`."""
+    """See `reference.attend_token`; how far each draft is comes from `steps`, which the kernel before this one must not
+    have written, nor `prompt`: the product that makes `sums` stands between."""
     count, m, _ = sums.shape
     _, kv_heads, capacity, head_dim = keys.shape
     chunks = triton.cdiv(capacity, CHUNK)
@@ -331,6 +343,7 @@ def attend_token(
         TILE=max(_HEADS_TILE, triton.next_power_of_2(heads // kv_heads)),
         CHUNK=CHUNK,
         num_warps=8,
+        **overlaps(keys.device),
     )
     _combine_kernel[heads, m](
         weighted,
@@ -345,6 +358,7 @@ def attend_token(
         CHUNK=CHUNK,
         TILE=_COMBINED,
         num_warps=4,
+        **overlaps(keys.device),
     )
     return out
 
@@ -403,8 +417,11 @@ def _sample_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     HIDDEN_BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Draw a picture's next code, note it, and fetch its embedding for the next pass."""
+    enter(OVERLAPS)
+    let_next_start(OVERLAPS)
     m, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = index < CODES
     scores = tl.zeros((BLOCK,), tl.float32)
@@ -481,4 +498,5 @@ def sample_token(
         BLOCK=block,
         HIDDEN_BLOCK=triton.next_power_of_2(size),
         num_warps=min(max(block // 1024, 1), 16),
+        **overlaps(sums.device),
     )

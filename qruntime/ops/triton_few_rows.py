@@ -3,8 +3,8 @@
 Such a product reads its matrix once and does little with it, so its floor is the matrix's bytes over the memory's
 bandwidth. Three things keep it near that floor.
 
-- Bytes come by asynchronous copies, steps ahead of their use: levels as format 1 stores them, scales and zeros where a
-  row finds two groups' together (`torch_int4.TRITON`).
+- Bytes come by asynchronous copies, steps ahead of their use, and from places that follow each other: sixteen rows of a
+  matrix lie together, step by step (`torch_int4.TRITON`). Rows that lie apart are read at six sevenths of that rate.
 - A level becomes a number without a conversion: 0x4300 | q is the bf16 128 + q. Tensor cores multiply that exactly, a
   group's scale and zero are applied to the group's sum, and the 128 + 8 too many is taken off there, from the sum of
   x that the tensor cores make on the way.
@@ -17,18 +17,20 @@ than one, and a row's result has the same bits whatever rows stand beside it. Ti
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .interpreter import COMPILED, dot
+from .torch_int4 import TRITON_ROWS
+from .triton_overlap import enter, fetch_to_cache, let_next_start, overlaps
 
 _TILE_ROWS = tl.constexpr(8)
 _TILE_WORDS = tl.constexpr(16)  # as many as a tensor-core instruction takes columns; a word is four levels
 _STEP = tl.constexpr(128)  # columns that one turn of a loop adds
+_ROWS = tl.constexpr(TRITON_ROWS)  # of W that lie together
+_LINE_WORDS = tl.constexpr(64)  # of a line of the L2 cache
 _OFFSET = tl.constexpr(136.0)  # 128 of the bf16 trick and the 8 of format 1
 
 
@@ -95,28 +97,13 @@ def _load_x(x, word, x_mask, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    acc,
-    q,
-    x,
-    scale_zero,
-    rows,
-    x_mask,
-    step,
-    K: tl.constexpr,
-    SINGLE: tl.constexpr,
-    TURN: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-):
+def _step(acc, q, x, scale_zero, rows, x_mask, step, SINGLE: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """Add 128 columns of some rows of W, two tiles of sixteen words, to `acc` [rows of W, 8].
 
     `scale_zero` points at those of the first two groups; the next two's are `rows` further.
     """
-    if (K // _STEP) % TURN:  # the last turn may reach past the row: it reads the last columns again, times nothing
-        x_mask &= step < K // _STEP
-        step = tl.minimum(step, K // _STEP - 1)
     word = step * 2 * _TILE_WORDS
-    near, far = tl.load(q + word), tl.load(q + word + _TILE_WORDS)
+    near, far = tl.load(q + word * _ROWS), tl.load(q + (word + _TILE_WORDS) * _ROWS)
     near_x = _load_x(x, word, x_mask, SINGLE)
     far_x = _load_x(x, word + _TILE_WORDS, x_mask, SINGLE)
     q0, q1, q2, q3 = _levels(near)
@@ -150,13 +137,13 @@ def _int4_kernel(
     SINGLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TURN: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Partial sums [SPLITS, M, N]; or, where gated, silu of rows 0..N of W times rows N..2N, [M, N]."""
     words_a_row: tl.constexpr = K // 4
     steps: tl.constexpr = K // _STEP
-    steps_a_split: tl.constexpr = (steps + SPLITS * TURN - 1) // (SPLITS * TURN) * TURN
+    steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     columns: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the result
     rows = 2 * N if GATED else N
     r, m, word = tl.arange(0, BLOCK_N), tl.arange(0, _TILE_ROWS), tl.arange(0, _TILE_WORDS)
@@ -165,15 +152,20 @@ def _int4_kernel(
         row += r // columns * N
     start = tl.program_id(1) * steps_a_split
     stop = tl.minimum(start + steps_a_split, steps)
-    q = q_ptr + row.to(tl.int64)[:, None] * words_a_row + word[None, :]
+    tile = q_ptr + (row // _ROWS).to(tl.int64) * _ROWS * words_a_row
+    if OVERLAPS:  # weights are there already: the first 2 KB of every sixteen rows
+        first = start * 2 * _TILE_WORDS * _ROWS + row % _ROWS * _LINE_WORDS
+        fetch_to_cache(tile + tl.minimum(first, (words_a_row - 1) * _ROWS))
+    enter(OVERLAPS)
+    q = (tile + row % _ROWS * _TILE_WORDS)[:, None] + word[None, :]
     if SINGLE:
         x, x_mask = x_ptr + word[:, None], tl.full((1, 1), 1, tl.int1)
     else:
         x, x_mask = x_ptr + m[None, :] * words_a_row + word[:, None], m[None, :] < M
     acc = tl.zeros((BLOCK_N, _TILE_ROWS), tl.float32)
-    for turn in tl.range(start, stop, TURN, num_stages=STAGES):
-        for offset in tl.static_range(TURN):
-            acc = _step(acc, q, x, scale_zero_ptr + row, rows, x_mask, turn + offset, K, SINGLE, TURN, GROUP_SIZE)
+    for step in tl.range(start, stop, num_stages=STAGES):
+        acc = _step(acc, q, x, scale_zero_ptr + row, rows, x_mask, step, SINGLE, GROUP_SIZE)
+    let_next_start(OVERLAPS)
     n = tl.program_id(0) * columns + tl.arange(0, columns)
     inside = (n[:, None] < N) & (m[None, :] < M)
     if GATED:
@@ -196,8 +188,10 @@ def _int8_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Partial sums [SPLITS, M, N]."""
+    enter(OVERLAPS)
     steps: tl.constexpr = K // _STEP
     steps_a_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,35 +207,20 @@ def _int8_kernel(
         if not COMPILED:  # the interpreter makes bf16 of floats only
             levels = levels.to(tl.float32)
         acc = dot(levels.to(tl.bfloat16), values, acc)
+    let_next_start(OVERLAPS)
     acc *= tl.load(scale_ptr + row)[:, None]
     out = out_ptr + (split * M + m[None, :]) * N + n[:, None]
     tl.store(out, acc, mask=(m[None, :] < M) & (n[:, None] < N))
 
 
+# Found by measuring on an H100, as is one warp a program.
 _BLOCK_N = 32
 _PROGRAMS = 512  # about four for each multiprocessor of a large card
 
 
-class Tiles(NamedTuple):
-    """How a product is cut: rows of W a program, warps, steps a turn, turns whose bytes are under way, parts of K."""
-
-    block_n: int
-    warps: int
-    turn: int
-    stages: int
-    splits: int = 1
-
-
-def int4_tiles(n: int, k: int, gated: bool) -> Tiles:
-    """For an int4 matrix [n, k]; with `gated`, [2n, k]. Found by measuring on an H100."""
-    splits = 1 if gated else _splits(n, k)
-    turn, stages = (2, 3) if k // splits > 2048 else (1, 4)  # short rows want their bytes under way at once
-    return Tiles(_BLOCK_N, warps=1, turn=turn, stages=stages, splits=splits)
-
-
-def int8_tiles(n: int, k: int) -> Tiles:
-    """For an int8 matrix [n, k]."""
-    return Tiles(_BLOCK_N, warps=1, turn=1, stages=4, splits=_splits(n, k))
+def _stages(k: int, splits: int) -> int:
+    """Steps whose bytes are under way at once, or in use."""
+    return 5 if k // splits > 16 * _STEP.value else 4
 
 
 def _splits(n: int, k: int) -> int:
@@ -258,9 +237,9 @@ def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     x bf16 [M, K], contiguous, M up to 8; q uint8 [N, K/2] and `scale_zero` bf16 [K/group_size, N, 2] in the form
     `torch_int4.TRITON`.
     """
-    tiles = int4_tiles(q.shape[0], x.shape[1], gated=False)
-    out = torch.empty(tiles.splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)
-    _int4(x, q, scale_zero, out, tiles, gated=False)
+    splits = _splits(q.shape[0], x.shape[1])
+    out = torch.empty(splits, x.shape[0], q.shape[0], dtype=torch.float32, device=x.device)
+    _int4(x, q, scale_zero, out, splits, gated=False)
     return out
 
 
@@ -268,14 +247,14 @@ def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
     """silu(x G^T) * (x U^T), bf16 [M, N], where q [2N, K/2] holds the rows of G and then those of U."""
     n = q.shape[0] // 2
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    _int4(x, q, scale_zero, out, int4_tiles(n, x.shape[1], gated=True), gated=True)
+    _int4(x, q, scale_zero, out, splits=1, gated=True)
     return out
 
 
-def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, tiles: Tiles, gated: bool) -> None:
+def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, splits: int, gated: bool) -> None:
     (m, k), n = x.shape, out.shape[-1]
-    columns = tiles.block_n // 2 if gated else tiles.block_n
-    _int4_kernel[triton.cdiv(n, columns), tiles.splits](
+    columns = _BLOCK_N // 2 if gated else _BLOCK_N
+    _int4_kernel[triton.cdiv(n, columns), splits](
         x.view(torch.int64),
         q.view(torch.int16),
         scale_zero.flatten().view(torch.int64),
@@ -286,20 +265,20 @@ def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, tiles: Tiles, g
         GROUP_SIZE=k // scale_zero.shape[0],
         GATED=gated,
         SINGLE=m == 1,
-        SPLITS=tiles.splits,
-        BLOCK_N=tiles.block_n,
-        TURN=tiles.turn,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        SPLITS=splits,
+        BLOCK_N=_BLOCK_N,
+        STAGES=_stages(k, splits),
+        num_warps=1,
+        **overlaps(x.device),
     )
 
 
 def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Partial sums of x W^T over parts of K, float32 [parts, M, N]: x bf16 [M, K], q int8 [N, K], scale float32 [N]."""
     (m, k), n = x.shape, q.shape[0]
-    tiles = int8_tiles(n, k)
-    out = torch.empty(tiles.splits, m, n, dtype=torch.float32, device=x.device)
-    _int8_kernel[triton.cdiv(n, tiles.block_n), tiles.splits](
+    splits = _splits(n, k)
+    out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    _int8_kernel[triton.cdiv(n, _BLOCK_N), splits](
         x,
         q,
         scale,
@@ -307,9 +286,10 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         m,
         n,
         K=k,
-        SPLITS=tiles.splits,
-        BLOCK_N=tiles.block_n,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        SPLITS=splits,
+        BLOCK_N=_BLOCK_N,
+        STAGES=_stages(k, splits),
+        num_warps=1,
+        **overlaps(x.device),
     )
     return out

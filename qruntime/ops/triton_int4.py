@@ -15,10 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .pieces import pieces
+from .torch_int4 import TRITON_ROWS
 from .triton_decode import silu_product
 
-_BLOCK_N = 8
-_GROUPS = 8  # of each row that a program writes out
+_ROWS = tl.constexpr(TRITON_ROWS)
+_TILE_WORDS = tl.constexpr(8)  # of 64 columns
+_BLOCK_N = 16
+_GROUPS = 4  # of each row that a program writes out
 
 
 @triton.jit
@@ -49,11 +52,13 @@ def _dequantize_kernel(
     run = tl.program_id(2)
     n = run * apart + first + row
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
-    word = n * WORDS + group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
     inside = (row < count) & (group < WORDS // GROUP_WORDS)
     at = (group // 2 * N + n) * 2 + group % 2
     scale_zero = tl.load(scale_zero_ptr + at, mask=inside, other=0)  # two bf16
     scale, zero = (scale_zero << 16).to(tl.float32, bitcast=True), (scale_zero & -65536).to(tl.float32, bitcast=True)
+    column = group * GROUP_WORDS + tl.arange(0, GROUP_WORDS)[None, None, :]
+    tile = n // _ROWS * _ROWS
+    word = tile * WORDS + (column // _TILE_WORDS * _ROWS + n % _ROWS) * _TILE_WORDS + column % _TILE_WORDS
     words = tl.load(q_ptr + word, mask=inside, other=0)  # [rows, groups, words of a group]
     first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
     second = tl.join(_pair(words, 1, scale, zero), _pair(words, 3, scale, zero))

@@ -51,8 +51,7 @@ class Linear:
     def pack(self) -> None:
         """Rewrite the stored bytes, in place, as the product wants them. Once: packed bytes look like stored ones."""
         q, scale, zero = self.parts[".q"], self.parts[".scale"].clone(), self.parts[".zero"].clone()
-        stored = q.clone() if self.form in torch_int4.SHUFFLED else q
-        torch_int4.pack(self.form, stored, scale, zero, q, self._scale_zero)
+        torch_int4.pack(self.form, q, scale, zero, q, self._scale_zero)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""

@@ -158,7 +158,7 @@ def test_no_number_still_gives_a_code() -> None:
 
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_dequantize_int4(group_size: int) -> None:
-    n, k = 19, 640
+    n, k = 48, 640
     q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
     scale, zero = (draw(n, k // group_size, seed=seed, dtype=torch.bfloat16) for seed in range(2))
     packed, scale_zero = torch.empty_like(q), torch.empty(k // group_size, n, 2, dtype=torch.bfloat16, device=DEVICE)

@@ -42,10 +42,10 @@ def test_pieces_are_all_rows_once(rows: int, columns: int) -> None:
 
 
 @int4
-@pytest.mark.parametrize(("first", "count"), [(0, 19), (0, 5), (3, 8), (18, 1)])
+@pytest.mark.parametrize(("first", "count"), [(0, 48), (0, 5), (3, 24), (47, 1)])
 def test_some_rows_written_out(first: int, count: int, group_size: int) -> None:
     """Those that were asked for, and nothing beside them."""
-    (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 19, 640)
+    (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 48, 640)
     whole = triton_int4.dequantize_int4(q, scale_zero)
     around = torch.full((count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
     triton_int4.dequantize_rows(q, scale_zero, first, around[None, 1:-1])
@@ -54,10 +54,10 @@ def test_some_rows_written_out(first: int, count: int, group_size: int) -> None:
 
 
 @int4
-@pytest.mark.parametrize(("first", "count"), [(0, 9), (0, 5), (3, 6), (8, 1)])
+@pytest.mark.parametrize(("first", "count"), [(0, 24), (0, 5), (3, 20), (23, 1)])
 def test_some_rows_of_each_half_written_out(first: int, count: int, group_size: int) -> None:
-    (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 18, 640)
-    halves = triton_int4.dequantize_int4(q, scale_zero).view(2, 9, 640)
+    (q, scale_zero), _ = given(Scheme("int4", group_size=group_size), 48, 640)
+    halves = triton_int4.dequantize_int4(q, scale_zero).view(2, 24, 640)
     around = torch.full((2 * count + 2, 640), 7.0, dtype=torch.bfloat16, device=DEVICE)
     triton_int4.dequantize_rows(q, scale_zero, first, around[1:-1].view(2, count, 640))
     assert torch.equal(around[1:-1].view(2, count, 640), halves[:, first : first + count])
@@ -67,7 +67,7 @@ def test_some_rows_of_each_half_written_out(first: int, count: int, group_size: 
 @int4
 @rows_a_piece
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(9, 33, 384), (20, 5, 1024)])
+@pytest.mark.parametrize(("m", "n", "k"), [(9, 48, 384), (20, 16, 1024)])
 def test_linear(
     m: int, n: int, k: int, bias: bool, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +82,7 @@ def test_linear(
 
 @int4
 @rows_a_piece
-@pytest.mark.parametrize(("m", "half", "k"), [(9, 33, 384), (20, 5, 1024)])
+@pytest.mark.parametrize(("m", "half", "k"), [(9, 40, 384), (20, 8, 1024)])
 def test_gated(m: int, half: int, k: int, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, rows, 2 * k)
     (q, scale_zero), weight = given(Scheme("int4", group_size=group_size), 2 * half, k)
