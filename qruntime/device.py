@@ -92,7 +92,9 @@ def device_name(device: torch.device) -> str:
     return str(_cpu_capabilities().get("cpu_name", "CPU"))
 
 
+@lru_cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device; asked before every kernel, so that it is asked of the driver once."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 

@@ -17,7 +17,7 @@ from ..ops import MAX_ROWS, MPS_SCORES
 from ..request import SIZE_MULTIPLE, GenerateRequest
 from .blocks import STREAM_SLOTS
 from .rates import Rates
-from .sizes import Operations, Piece, Sizes
+from .sizes import Operations, Sizes
 
 PHASES = ("encode text", "encode codes", "encode latents", "draft", "denoise", "decode")
 
@@ -114,15 +114,14 @@ class Estimate:
         return self._cache_bytes() + max(self._prefill_bytes(), self.sizes.codes) + _DRAFT_BYTES
 
     def _prefill_bytes(self) -> int:
-        """The MLP of the prompt's run: its middle whole, its products and their written-out weights in pieces; without
-        kernels whole as well, and the scores of attention."""
+        """The MLP of the prompt's run: both halves of its middle, and with kernels a piece of a matrix; without them
+        their product as well, the whole matrix, and the scores of attention."""
         text, read, element = self.checkpoint.ar.text, self._read, self.sizes.element_bytes
-        widest = 2 * text.intermediate_size
-        whole = Piece(widest * text.hidden_size * element, widest)
-        piece = self.sizes.draft_piece if self.kernels else whole
-        prefill = read * (_PREFILL_WIDTHS * text.hidden_size + text.intermediate_size + piece.columns) * element
+        middle = (2 if self.kernels else 3) * text.intermediate_size
+        written = self.sizes.draft_piece if self.kernels else self.sizes.draft_matrix
         seen = 0 if self.kernels else read * cache_capacity(read)  # a byte each, and a score of each head
-        return prefill + seen + min(text.num_heads * seen, MPS_SCORES) * element + piece.nbytes
+        scores = seen + min(text.num_heads * seen, MPS_SCORES) * element
+        return read * (_PREFILL_WIDTHS * text.hidden_size + middle) * element + scores + written
 
     def _denoise_bytes(self) -> int:
         config = self.checkpoint.dit

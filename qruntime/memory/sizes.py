@@ -31,19 +31,11 @@ class Operations:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What a quantised product of many rows writes out at a time: bytes of weights, columns of its result."""
-
-    nbytes: int
-    columns: int
-
-
-@dataclass(frozen=True)
 class Sizes:
     """Bytes that each part's weights take on the device, in the dtype that is computed in; and the operations of the
     products of a row (a token) or of the convolutions of a latent. `codes` are the embeddings of the codes,
-    `draft_piece` is of the drafting model's widest product, `dit_matrix` the transformer's largest matrix written
-    out."""
+    `draft_matrix` and `dit_matrix` the largest matrices written out, `draft_piece` what kernels write out of the former
+    at a time."""
 
     glyph: int
     vision: int
@@ -58,7 +50,8 @@ class Sizes:
     dit_adaln: int
     adaln_slot: int
     element_bytes: int
-    draft_piece: Piece
+    draft_matrix: int
+    draft_piece: int
     dit_matrix: int
     vision_row: Operations
     draft_row: Operations
@@ -92,7 +85,7 @@ class Sizes:
         element = DTYPE_BYTES[dtype_name]
         text = checkpoint.ar.text
         blocks, adaln = nbytes(DIT, "block"), nbytes(DIT, "adaln")
-        widest = pieces(text.intermediate_size, 2 * text.hidden_size)[0].stop
+        widest, read_row = 2 * text.intermediate_size, text.hidden_size * element
         latent_pixels = checkpoint.vae.scale_factor**2
         vae = checkpoint.components[VAE].specs
         return Sizes(
@@ -109,7 +102,8 @@ class Sizes:
             dit_adaln=sum(adaln),
             adaln_slot=max(adaln),
             element_bytes=element,
-            draft_piece=Piece(2 * widest * text.hidden_size * element, 2 * widest),
+            draft_matrix=widest * read_row,
+            draft_piece=pieces(widest, text.hidden_size)[0].stop * read_row,
             dit_matrix=4 * checkpoint.dit.width**2 * element,
             vision_row=row(AR, "vision.block"),
             draft_row=row(AR, "layer", "head"),

@@ -141,12 +141,10 @@ def int4_sums(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
 
 
 def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
-    """As `triton_int4.gated_int4`, of any number of rows."""
-    from . import triton_few_rows, triton_int4
+    """As `triton_few_rows.gated_int4`."""
+    from . import triton_few_rows
 
-    if is_few_rows(x):
-        return triton_few_rows.gated_int4(x.contiguous(), q, scale_zero)
-    return triton_int4.gated_int4(x, q, scale_zero)
+    return triton_few_rows.gated_int4(x.contiguous(), q, scale_zero)
 
 
 def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -166,7 +164,7 @@ def add_norm(hidden: Tensor, branch: Tensor | None, branch_weight: Tensor | None
 
 
 def silu_product(gate_up: Tensor) -> Tensor:
-    """As `reference.silu_product`."""
+    """As `reference.silu_product`; what is given may be overwritten."""
     if not uses_triton(gate_up.device, gate_up.dtype):
         return reference.silu_product(gate_up)
     from . import triton_decode

@@ -174,22 +174,22 @@ def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: T
 
 
 @triton.jit
-def _silu_product_kernel(gate_up_ptr, out_ptr, N, out_stride, BLOCK: tl.constexpr):
+def _silu_product_kernel(gate_up_ptr, N, BLOCK: tl.constexpr):
     m, n = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    gate = tl.load(gate_up_ptr + 2 * m * N + n, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + 2 * m * N + N + n, mask=inside, other=0.0).to(tl.float32)
-    out = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32) * up
-    tl.store(out_ptr + m * out_stride + n, out.to(out_ptr.dtype.element_ty), mask=inside)
+    gate_ptr = gate_up_ptr + 2 * m * N + n
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + N, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
+    out = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+    tl.store(gate_ptr, out.to(dtype), mask=inside)
 
 
-def silu_product(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """See `reference.silu_product`; `out` [M, N] may be some columns of a wider tensor."""
+def silu_product(gate_up: Tensor) -> Tensor:
+    """See `reference.silu_product`; in the place of the first halves of the rows."""
     m, n = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = torch.empty(m, n, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_product_kernel[triton.cdiv(n, 1024), m](gate_up, out, n, out.stride(0), BLOCK=1024, num_warps=4)
-    return out
+    _silu_product_kernel[-(-n // 1024), m](gate_up, n, BLOCK=1024, num_warps=4)
+    return gate_up[:, :n]
 
 
 @triton.jit
@@ -316,7 +316,7 @@ def attend_token(
     have written, nor `prompt`: the product that makes `sums` stands between."""
     count, m, _ = sums.shape
     _, kv_heads, capacity, head_dim = keys.shape
-    chunks = triton.cdiv(capacity, CHUNK)
+    chunks = -(-capacity // CHUNK)
     weighted = torch.empty(m, heads, chunks, head_dim, dtype=torch.float32, device=keys.device)
     maxima, totals = (torch.empty(m, heads, chunks, dtype=torch.float32, device=keys.device) for _ in range(2))
     out = torch.empty(m, heads * head_dim, dtype=keys.dtype, device=keys.device)

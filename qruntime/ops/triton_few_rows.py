@@ -226,7 +226,7 @@ def _stages(k: int, splits: int) -> int:
 def _splits(n: int, k: int) -> int:
     """Parts of K, each of four steps at least, that make `_PROGRAMS`."""
     splits = 1
-    while splits * triton.cdiv(n, _BLOCK_N) < _PROGRAMS and k // _STEP.value // (2 * splits) >= 4:
+    while splits * -(-n // _BLOCK_N) < _PROGRAMS and k // _STEP.value // (2 * splits) >= 4:
         splits *= 2
     return splits
 
@@ -254,7 +254,7 @@ def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
 def _int4(x: Tensor, q: Tensor, scale_zero: Tensor, out: Tensor, splits: int, gated: bool) -> None:
     (m, k), n = x.shape, out.shape[-1]
     columns = _BLOCK_N // 2 if gated else _BLOCK_N
-    _int4_kernel[triton.cdiv(n, columns), splits](
+    _int4_kernel[-(-n // columns), splits](
         x.view(torch.int64),
         q.view(torch.int16),
         scale_zero.flatten().view(torch.int64),
@@ -278,7 +278,7 @@ def int8_sums(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     (m, k), n = x.shape, q.shape[0]
     splits = _splits(n, k)
     out = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    _int8_kernel[triton.cdiv(n, _BLOCK_N), splits](
+    _int8_kernel[-(-n // _BLOCK_N), splits](
         x,
         q,
         scale,

@@ -6,8 +6,6 @@ is written out takes little memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from .pieces import pieces
 from .torch_int4 import TRITON_ROWS
-from .triton_decode import silu_product
 
 _ROWS = tl.constexpr(TRITON_ROWS)
 _TILE_WORDS = tl.constexpr(8)  # of 64 columns
@@ -40,17 +37,15 @@ def _dequantize_kernel(
     out_ptr,
     first,
     count,
-    apart,
     N,
     WORDS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Rows first..first+count of N, and as many again at every multiple of `apart` behind them."""
+    """Rows first..first+count of N."""
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None, None]
-    run = tl.program_id(2)
-    n = run * apart + first + row
+    n = first + row
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
     inside = (row < count) & (group < WORDS // GROUP_WORDS)
     at = (group // 2 * N + n) * 2 + group % 2
@@ -63,7 +58,7 @@ def _dequantize_kernel(
     first = tl.join(_pair(words, 0, scale, zero), _pair(words, 2, scale, zero))
     second = tl.join(_pair(words, 1, scale, zero), _pair(words, 3, scale, zero))
     pairs = tl.reshape(tl.join(first, second), (BLOCK_N, GROUPS, GROUP_WORDS * 4))
-    pair = (run * count + row) * WORDS * 4 + group * GROUP_WORDS * 4 + tl.arange(0, GROUP_WORDS * 4)[None, None, :]
+    pair = row * WORDS * 4 + group * GROUP_WORDS * 4 + tl.arange(0, GROUP_WORDS * 4)[None, None, :]
     tl.store(out_ptr + pair, pairs, mask=inside)
 
 
@@ -71,22 +66,20 @@ def dequantize_int4(q: Tensor, scale_zero: Tensor) -> Tensor:
     """bf16 [N, K] from the parts of an int4 matrix in the form `torch_int4.TRITON`; the bits of the plain one."""
     n, half_k = q.shape
     out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=q.device)
-    dequantize_rows(q, scale_zero, 0, out[None])
+    dequantize_rows(q, scale_zero, 0, out)
     return out
 
 
 def dequantize_rows(q: Tensor, scale_zero: Tensor, first: int, out: Tensor) -> None:
-    """Some rows of that into `out` [runs, count, K]: of each of as many equal parts of the matrix, `count` from its row
-    `first` on."""
+    """Some rows of that, from `first` on, into `out` [rows, K]."""
     n, half_k = q.shape
-    groups, (runs, count, _) = scale_zero.shape[0], out.shape
-    _dequantize_kernel[triton.cdiv(count, _BLOCK_N), triton.cdiv(groups, _GROUPS), runs](
+    groups, count = scale_zero.shape[0], out.shape[0]
+    _dequantize_kernel[-(-count // _BLOCK_N), -(-groups // _GROUPS)](
         q.view(torch.int32),
         scale_zero.view(torch.int32),
         out.view(torch.int32),
         first,
         count,
-        n // runs,
         n,
         WORDS=half_k // 4,
         GROUP_WORDS=half_k // 4 // groups,
@@ -104,27 +97,12 @@ def linear_int4(x: Tensor, q: Tensor, scale_zero: Tensor, bias: Tensor | None) -
         return F.linear(x, dequantize_int4(q, scale_zero), bias)
     rows = x.reshape(-1, k)
     y = x.new_empty(rows.shape[0], n)
-    for part, weight in zip(parts, _buffers(parts, k, x), strict=True):
-        dequantize_rows(q, scale_zero, part.start, weight[None])
+    buffer = x.new_empty(parts[0].stop, k)  # for one piece after the other
+    for part in parts:
+        weight = buffer[: part.stop - part.start]
+        dequantize_rows(q, scale_zero, part.start, weight)
         if bias is None:
             torch.mm(rows, weight.T, out=y[:, part])
         else:
             torch.addmm(bias[part], rows, weight.T, out=y[:, part])
     return y.view(*x.shape[:-1], n)
-
-
-def gated_int4(x: Tensor, q: Tensor, scale_zero: Tensor) -> Tensor:
-    """silu(x W1^T) * (x W2^T) for the halves W1, W2 [N / 2, K] of a matrix, x [M, K]: [M, N / 2]."""
-    half, k = q.shape[0] // 2, x.shape[1]
-    parts = pieces(half, 2 * k)
-    y = x.new_empty(x.shape[0], half)
-    for part, both in zip(parts, _buffers(parts, 2 * k, x), strict=True):
-        dequantize_rows(q, scale_zero, part.start, both.view(2, -1, k))
-        silu_product(torch.mm(x, both.view(-1, k).T), out=y[:, part])
-    return y
-
-
-def _buffers(parts: list[slice], columns: int, like: Tensor) -> Iterator[Tensor]:
-    """Room for each piece of a matrix, in one place: [rows, columns]."""
-    buffer = like.new_empty((parts[0].stop - parts[0].start) * columns)
-    return (buffer[: (part.stop - part.start) * columns].view(-1, columns) for part in parts)

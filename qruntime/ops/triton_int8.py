@@ -190,7 +190,7 @@ def launch(
     if descriptors:
         left = TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth])
         right = TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth])
-    _product_kernel[(triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns),)](
+    _product_kernel[(-(-m // tiles.rows) * -(-n // tiles.columns),)](
         left,
         x_scale,
         right,
@@ -229,5 +229,5 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As `reference.dequantize_int8`, in one pass."""
     n, k = q.shape
     weight = torch.empty(n, k, dtype=dtype, device=q.device)
-    _dequantize_kernel[(n, triton.cdiv(k, _DEQUANTIZED))](q, scale, weight, k, COLUMNS=_DEQUANTIZED)
+    _dequantize_kernel[(n, -(-k // _DEQUANTIZED))](q, scale, weight, k, COLUMNS=_DEQUANTIZED)
     return weight

@@ -79,7 +79,7 @@ class Linear:
 
     def gated(self, x: Tensor) -> Tensor:
         """x [M, K] -> silu(first half of the product) * second half, [M, N / 2]. There must be no bias."""
-        if self.form == torch_int4.TRITON:
+        if self.form == torch_int4.TRITON and ops.is_few_rows(x):
             return ops.gated_int4(x, self.parts[".q"], self._scale_zero)
         return ops.silu_product(self._product(x, None))
 
