@@ -23,7 +23,7 @@ PHASES = ("encode text", "encode codes", "encode latents", "draft", "denoise", "
 
 _VISION_WIDTHS = 16  # tensors of [tokens, hidden]
 _PREFILL_WIDTHS = 2  # likewise, in the middle of the MLP
-_DRAFT_BYTES = 15 * 10**6  # logits, graph and tables
+_DRAFT_BYTES = 23 * 10**6  # logits, graph and tables, and what packing a layer takes on another stream
 _DENOISE_WIDTHS = 13.0  # tensors of [sequence, width]
 _FUSED_WIDTHS = 7.2  # where a block runs in its W8A8 kernels, in the middle of the MLP,
 _ATTENTION_WIDTHS = 5.0  # and in attention, beside keys and values that are joined with those of sources

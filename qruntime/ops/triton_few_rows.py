@@ -4,7 +4,7 @@ Such a product reads its matrix once and does little with it, so its floor is th
 bandwidth. Three things keep it near that floor.
 
 - Bytes come by asynchronous copies, steps ahead of their use, and from places that follow each other: sixteen rows of a
-  matrix lie together, step by step (`torch_int4.TRITON`). Rows that lie apart are read at six sevenths of that rate.
+  matrix lie together, step by step (`torch_int4.TRITON`). Rows that lie apart are read at seven eighths of that rate.
 - A level becomes a number without a conversion: 0x4300 | q is the bf16 128 + q. Tensor cores multiply that exactly, a
   group's scale and zero are applied to the group's sum, and the 128 + 8 too many is taken off there, from the sum of
   x that the tensor cores make on the way.
