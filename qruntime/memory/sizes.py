@@ -85,7 +85,7 @@ class Sizes:
         element = DTYPE_BYTES[dtype_name]
         text = checkpoint.ar.text
         blocks, adaln = nbytes(DIT, "block"), nbytes(DIT, "adaln")
-        widest, read_row = 2 * text.intermediate_size, text.hidden_size * element
+        widest, hidden_bytes = 2 * text.intermediate_size, text.hidden_size * element
         latent_pixels = checkpoint.vae.scale_factor**2
         vae = checkpoint.components[VAE].specs
         return Sizes(
@@ -102,8 +102,8 @@ class Sizes:
             dit_adaln=sum(adaln),
             adaln_slot=max(adaln),
             element_bytes=element,
-            draft_matrix=widest * read_row,
-            draft_piece=pieces(widest, text.hidden_size)[0].stop * read_row,
+            draft_matrix=widest * hidden_bytes,
+            draft_piece=pieces(widest, text.hidden_size)[0].stop * hidden_bytes,
             dit_matrix=4 * checkpoint.dit.width**2 * element,
             vision_row=row(AR, "vision.block"),
             draft_row=row(AR, "layer", "head"),

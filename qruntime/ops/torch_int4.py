@@ -27,8 +27,7 @@ from .backend import uses_triton
 
 STORED, TRITON = "stored", "triton"
 TRITON_COLUMNS = 128  # K is a multiple of it, so that groups come in pairs
-TRITON_ROWS = 16  # rows that lie together; N is a multiple of it
-_TILE_BYTES = 32  # of a row that lie together
+TRITON_TILE = (16, 64)  # rows and columns that lie together; N and K are multiples of them
 _PACKED_AT_ONCE = 8 * 2**20  # bytes: what packing a matrix in its place takes beside it
 METAL_MAX_ROWS = 4
 _GROUP_SIZES = (32, 64, 128, 256)
@@ -39,7 +38,7 @@ def form(device: torch.device, dtype: torch.dtype, n: int, k: int, group_size: i
     """How an int4 matrix [n, k] should lie on `device` for products in `dtype`."""
     if dtype != torch.bfloat16 or group_size not in _GROUP_SIZES:
         return STORED
-    if uses_triton(device) and group_size in (32, 64) and k % TRITON_COLUMNS == 0 and n % TRITON_ROWS == 0:
+    if uses_triton(device) and group_size in (32, 64) and k % TRITON_COLUMNS == 0 and n % TRITON_TILE[0] == 0:
         return TRITON
     kind = devices.kind(device)
     if kind == "cuda" and n % 8 == 0 and _inner_k_tiles(k):
@@ -66,10 +65,11 @@ def pack(kind: str, q: Tensor, scale: Tensor, zero: Tensor, q_out: Tensor, scale
         n, groups = scale.shape
         pairs = torch.stack((scale, zero), dim=-1).view(n, groups // 2, 2, 2)
         scale_zero_out.view(groups // 2, n, 2, 2).copy_(pairs.transpose(0, 1))
-        at_once = max(_PACKED_AT_ONCE // (TRITON_ROWS * q.shape[1]), 1) * TRITON_ROWS
-        for rows, rows_out in zip(q.split(at_once), q_out.split(at_once), strict=True):
-            words = rows.view(torch.int64).view(-1, TRITON_ROWS, q.shape[1] // _TILE_BYTES, _TILE_BYTES // 8)
-            rows_out.view(torch.int64).copy_(words.transpose(1, 2).reshape(rows.shape[0], -1))  # by way of a copy
+        rows, words = TRITON_TILE[0], TRITON_TILE[1] // 16  # of eight bytes
+        at_once = max(_PACKED_AT_ONCE // (rows * q.shape[1]), 1) * rows
+        for stored, packed in zip(q.split(at_once), q_out.split(at_once), strict=True):
+            tiles = stored.view(torch.int64).view(-1, rows, q.shape[1] // (8 * words), words).transpose(1, 2)
+            packed.view(torch.int64).copy_(tiles.reshape(len(stored), -1))  # by way of a copy: they may be the same
         return
     scale_zero_out.copy_(torch.stack((scale.T, zero.T), dim=-1))
     if kind == "tinygemm":

@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .interpreter import COMPILED, dot
-from .torch_int4 import TRITON_ROWS
+from .torch_int4 import TRITON_TILE
 from .triton_overlap import enter, fetch_to_cache, let_next_start, overlaps
 
 _TILE_ROWS = tl.constexpr(8)
-_TILE_WORDS = tl.constexpr(16)  # as many as a tensor-core instruction takes columns; a word is four levels
+_TILE_WORDS = tl.constexpr(TRITON_TILE[1] // 4)  # 16: as many as a tensor-core instruction takes columns
 _STEP = tl.constexpr(128)  # columns that one turn of a loop adds
-_ROWS = tl.constexpr(TRITON_ROWS)  # of W that lie together
+_ROWS = tl.constexpr(TRITON_TILE[0])  # of W that lie together
 _LINE_WORDS = tl.constexpr(64)  # of a line of the L2 cache
 _OFFSET = tl.constexpr(136.0)  # 128 of the bf16 trick and the 8 of format 1
 

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .pieces import pieces
-from .torch_int4 import TRITON_ROWS
+from .torch_int4 import TRITON_TILE
 
-_ROWS = tl.constexpr(TRITON_ROWS)
-_TILE_WORDS = tl.constexpr(8)  # of 64 columns
+_ROWS = tl.constexpr(TRITON_TILE[0])
+_TILE_WORDS = tl.constexpr(TRITON_TILE[1] // 8)
 _BLOCK_N = 16
 _GROUPS = 4  # of each row that a program writes out
 

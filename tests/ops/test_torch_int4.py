@@ -122,3 +122,29 @@ def test_a_cpu_without_the_instructions_reads_what_is_stored(monkeypatch: pytest
     assert torch_int4.form(CPU, torch.bfloat16, 64, 128, 64) == torch_int4.STORED
     monkeypatch.setattr(devices, "cpu_has", lambda *features: "avx512_bf16" in features)
     assert torch_int4.form(CPU, torch.bfloat16, 64, 128, 64) == "avx512"
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 16 * 192, 2**23])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_tiles_of_the_triton_form(in_place: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 columns of sixteen rows, then the next 64 of the same; packed a few rows at a time, in their place too."""
+    monkeypatch.setattr(torch_int4, "_PACKED_AT_ONCE", at_once)
+    parts = random_parts(Scheme("int4", group_size=64), 80, 384, 0)
+    q, scale, zero = parts[".q"].clone(), parts[".scale"], parts[".zero"]
+    found = q if in_place else torch.full_like(q, 0xA5)
+    scale_zero = torch.full((6, 80, 2), torch.nan, dtype=torch.bfloat16)
+    torch_int4.pack(torch_int4.TRITON, q, scale, zero, found, scale_zero)
+    wanted = [
+        parts[".q"][row : row + 16, at : at + 32].flatten() for row in range(0, 80, 16) for at in range(0, 192, 32)
+    ]
+    assert torch.equal(found.flatten(), torch.cat(wanted))
+    pairs = scale_zero.view(3, 80, 2, 2)  # two groups, and of each scale and zero
+    assert torch.equal(pairs[..., 0].permute(1, 0, 2).reshape(80, 6), scale)
+    assert torch.equal(pairs[..., 1].permute(1, 0, 2).reshape(80, 6), zero)
+
+
+def test_rows_that_fill_no_tile_take_another_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_int4, "uses_triton", lambda device: True)
+    assert torch_int4.form(CPU, torch.bfloat16, 48, 128, 64) == torch_int4.TRITON
+    assert torch_int4.form(CPU, torch.bfloat16, 40, 128, 64) != torch_int4.TRITON
+    assert torch_int4.form(CPU, torch.bfloat16, 48, 192, 64) != torch_int4.TRITON
