@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qruntime.ops import reference
 from qruntime.ops.pieces import PIECE_BYTES, ROWS_MULTIPLE, pieces
 from qruntime.quant.scheme import Scheme
 
@@ -12,7 +13,7 @@ from ..kernels import DEVICE
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from qruntime.ops import triton_int4
+from qruntime.ops import triton_decode, triton_int4
 
 from .test_triton_few_rows import draw, error, given
 
@@ -66,3 +67,19 @@ def test_linear(
     assert (found.dtype, found.shape) == (torch.bfloat16, (m, n))
     assert error(found.double() - (added.double() if added is not None else 0), x, weight) < WRITTEN
     assert torch.equal(triton_int4.linear_int4(x.view(1, m, k), q, scale_zero, added)[0], found)
+
+
+@int4
+@rows_a_piece
+@pytest.mark.parametrize(("m", "half", "k"), [(9, 40, 384), (20, 8, 1024)])
+def test_gated(m: int, half: int, k: int, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What becomes of the product of gate and up, however it is cut: pieces end within the halves, too."""
+    cut(monkeypatch, rows, k)
+    (q, scale_zero), weight = given(Scheme("int4", group_size=group_size), 2 * half, k)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16().to(DEVICE)
+    found = triton_decode.silu_product(triton_int4.linear_int4(x, q, scale_zero, None))
+    exact = reference.silu_product(x.double() @ weight.T)
+    assert (found.dtype, found.shape) == (torch.bfloat16, (m, half))
+    assert (found.double() - exact).norm() / exact.norm() < WRITTEN
+    turned = reference.silu_product((x.double() @ weight.T).roll(half, dims=-1))
+    assert (found.double() - turned).norm() / turned.norm() > 0.1, "the halves the other way round would be seen"

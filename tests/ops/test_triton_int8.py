@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
@@ -18,7 +14,7 @@ from qruntime import device as devices
 from qruntime.ops import backend, reference, triton_int8
 from qruntime.ops.triton_int8 import Tiles
 
-from ..kernels import DEVICE
+from ..kernels import DEVICE, run_compiling
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TILES = (Tiles(16, 32, 32, 4, 2), Tiles(32, 16, 64, 4, 3, descriptors=True))
@@ -203,8 +199,4 @@ def test_gluon_compiles_for_hopper_here_too() -> None:
     """Where there is no such GPU, at least that this Triton takes the kernel and that it fits the shared memory."""
     if backend.triton_version() not in (*backend.GLUON_TRITON, (3, 7)):  # the next one compiles it; it was not run so
         pytest.skip("a Triton that Gluon was not tried with")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_compiling(COMPILE)
