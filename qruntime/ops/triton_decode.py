@@ -138,7 +138,7 @@ def _rope_to_cache_kernel(
     first = tl.minimum(head, HEADS + 2 * KV_HEADS - 1) * HEAD_DIM
     turned = _turned(qkv_ptr, None, S, s, first, column, cos, sin, width, 1, TURNED, DTYPE)
     plain = tl.load(qkv_ptr + s * width + first + column)
-    tl.store(query_ptr + (head * S + s) * HEAD_DIM + column, turned, mask=head < HEADS)
+    tl.store(query_ptr + (s * HEADS + head) * HEAD_DIM + column, turned, mask=head < HEADS)
     key_head, value_head = head - HEADS, head - HEADS - KV_HEADS
     at = (start + s) * HEAD_DIM + column
     is_key = (key_head >= 0) & (value_head < 0)
@@ -149,10 +149,11 @@ def _rope_to_cache_kernel(
 
 
 def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """See `reference.rope_to_cache`."""
+    """See `reference.rope_to_cache`. A token's queries lie together, and so does then what attention makes of them: the
+    next product reads it as it is."""
     length, (kv_heads, capacity, head_dim) = qkv.shape[0], keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    query = torch.empty(heads, length, head_dim, dtype=qkv.dtype, device=qkv.device)
+    query = torch.empty(length, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     _rope_to_cache_kernel[(length,)](
         qkv,
         cos,
@@ -170,7 +171,7 @@ def rope_to_cache(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: T
         TILE=triton.next_power_of_2(heads + 2 * kv_heads),
         num_warps=8,
     )
-    return query
+    return query.transpose(0, 1)
 
 
 @triton.jit

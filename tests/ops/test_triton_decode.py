@@ -66,6 +66,7 @@ def test_rope_to_cache() -> None:
     exact = [cache.double() for cache in caches[1]]
     exact_query = reference.rope_to_cache(qkv.double(), cos.double(), sin.double(), *exact, 3)
     assert close(query, exact_query)
+    assert query.transpose(0, 1).is_contiguous()  # so is what attention makes of it, which is read without a copy
     for found, wanted in zip(caches[0], exact, strict=True):
         assert close(found, wanted)
         assert not found[:, :3].any()
