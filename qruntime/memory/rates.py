@@ -13,7 +13,7 @@ from .sizes import Operations
 # Medians over the text-to-image rows of benchmarks/results/h100.json (recipe `balanced`; 512, 1024 and 2048 pixels a
 # side): encode, draft, denoise, decode; and over its edits, for all that becomes of a source picture before the draft.
 # Single rows lie up to 15 % beside them, the shortest stage aside. Other cards and recipes are taken to reach the same.
-EFFICIENCY = {"load": 0.35, "glyph": 0.030, "draft": 0.773, "denoise": 0.863, "vae": 0.206, "source": 0.08}
+EFFICIENCY = {"load": 0.35, "glyph": 0.026, "draft": 0.771, "denoise": 0.864, "vae": 0.207, "source": 0.13}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Rates:
 
 
 # Measured: `ceilings` in benchmarks/results/h100.json.
-H100 = Rates(2.44e12, 55.4e9, 797e12, 981e12)
+H100 = Rates(2.44e12, 55.3e9, 799e12, 982e12)
 # Of a card that nothing is known of: round numbers of the order of what cards with 8 to 12 GB can reach behind a PCIe
 # 4.0 slot. An assumption, measured nowhere.
 ASSUMED = Rates(350e9, 20e9, 30e12, 100e12)
