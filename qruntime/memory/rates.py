@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from .sizes import Operations
 
-# Medians over the text-to-image rows of benchmarks/results/h100.json (recipe `balanced`; 512, 1024 and 2048 pixels a
-# side): encode, draft, denoise, decode; and over its edits, for all that becomes of a source picture before the draft.
-# Single rows lie up to 15 % beside them, the shortest stage aside. Other cards and recipes are taken to reach the same.
-EFFICIENCY = {"load": 0.35, "glyph": 0.026, "draft": 0.771, "denoise": 0.864, "vae": 0.207, "source": 0.13}
+# Midway between the least and the most seconds, over what was counted, of rows of benchmarks/results/h100.json (recipe
+# `balanced`): of texts without a budget (512, 1024 and 2048 pixels a side) encode, draft, denoise, decode; of edits all
+# that becomes of a source picture before the draft. Single rows lie up to 15 % beside them, the shortest stages aside.
+# Other cards and recipes are taken to reach the same.
+EFFICIENCY = {"load": 0.35, "glyph": 0.018, "draft": 0.768, "denoise": 0.909, "vae": 0.211, "source": 0.12}
 
 
 @dataclass(frozen=True)
